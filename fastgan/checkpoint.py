@@ -1,0 +1,186 @@
+"""Checkpoints: a folder of safetensors and one JSON record, complete or absent, and checked before
+it is used.
+
+    checkpoints/000120.064kimg/
+      model.safetensors   g.NAME, d.NAME, ema.NAME: parameters and buffers of the three networks
+      optim.safetensors   g.NAME.exp_avg, ...: both optimizers
+      state.safetensors   random.latents, ema.steps, stats.*: what else changes step by step
+      meta.json           format version, counters, feed position, scaler, configuration;
+                          bytes and SHA-256 of each file
+
+The folder is written beside under another name, flushed to disk, meta.json last, then renamed; so
+a kill at any moment leaves the one before it whole. Its name is the images seen, to the image, and
+is never written twice. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from . import console
+from .errors import RunError, UsageError
+
+FORMAT_VERSION = 1
+PARTS = ("model", "optim", "state")
+META = "meta.json"
+
+
+def kimg_name(images: int) -> str:
+    """Images as a name: 120064 is `000120.064kimg`."""
+    return f"{images // 1000:06d}.{images % 1000:03d}kimg"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were written."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of "model", "optim" or "state" whose names begin with `prefix`, without it;
+        on the CPU.
+        """
+        content = _checked_bytes(self.path, part, self.meta["files"])
+        found = safetensors.torch.load(content)
+        return {k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)}
+
+
+def save(
+    folder: Path, images: int, parts: Mapping[str, Mapping[str, Tensor]], meta: dict[str, Any]
+) -> Path:
+    """Write one checkpoint into `folder` and return its path.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing half-written stays.
+    """
+    final = folder / kimg_name(images)
+    if final.exists():  # saved at this very step already
+        return final
+    folder.mkdir(exist_ok=True)
+    for stale in folder.glob(
+        ".*.tmp"
+    ):  # of a process that was killed: the run's lock says it is gone
+        shutil.rmtree(stale, ignore_errors=True)
+    scratch = folder / f".{final.name}.tmp"
+    scratch.mkdir()
+    try:
+        files = {}
+        for part in PARTS:
+            content = safetensors.torch.save(
+                {name: t.detach().cpu().contiguous() for name, t in parts[part].items()}
+            )
+            _write_flushed(scratch / f"{part}.safetensors", content)
+            files[part] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record = {"format_version": FORMAT_VERSION, "images": images, **meta, "files": files}
+        _write_flushed(scratch / META, (json.dumps(record, indent=1) + "\n").encode())
+        _flush_folder(scratch)
+        os.rename(scratch, final)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    _flush_folder(folder)
+    return final
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, every file of it verified; `RunError` names the damaged file."""
+    try:
+        meta = json.loads((path / META).read_text())
+        version, files = meta["format_version"], meta["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"checkpoint {path}: {META} cannot be read ({error})") from None
+    if version != FORMAT_VERSION:
+        raise RunError(
+            f"checkpoint {path} has format {version}, this fastgan reads {FORMAT_VERSION}: "
+            "it was written by another version"
+        )
+    for part in PARTS:
+        _checked_bytes(path, part, files)
+    return Checkpoint(path, meta)
+
+
+def newest(run: Path) -> Checkpoint:
+    """The newest checkpoint of a run that is whole; damaged ones are named and passed over.
+
+    Raises:
+        UsageError: the run has no checkpoint.
+        RunError: it has some, and all are damaged.
+    """
+    paths = checkpoints(run)
+    if not paths:
+        raise UsageError(f"{run}: this run has no checkpoint yet")
+    for path in reversed(paths):
+        try:
+            return open_checkpoint(path)
+        except RunError as error:
+            console.warn(f"{error}; trying the one before it")
+    raise RunError(f"{run}: all {len(paths)} checkpoints are damaged")
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that `path` names: a checkpoint folder, or a run folder (its newest whole
+    one).
+    """
+    if (path / META).is_file() or path.parent.name == "checkpoints":
+        return open_checkpoint(path)
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such run or checkpoint folder")
+    if not (path / "checkpoints").is_dir():
+        raise UsageError(f"{path}: neither a run folder nor a checkpoint (no checkpoints in it)")
+    return newest(path)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("[0-9]*kimg") if p.is_dir()]
+    return sorted(found, key=lambda p: Decimal(p.name.removesuffix("kimg")))
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in checkpoints(run)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checked_bytes(path: Path, part: str, files: Mapping[str, Any]) -> bytes:
+    name = f"{part}.safetensors"
+    try:
+        content = (path / name).read_bytes()
+        bytes_, digest = files[part]["bytes"], files[part]["sha256"]
+    except (OSError, KeyError, TypeError) as error:
+        raise RunError(f"checkpoint {path}: {name} cannot be read ({error})") from None
+    if len(content) != bytes_:
+        raise RunError(
+            f"checkpoint {path} is damaged: {name} has {len(content):,} bytes instead of {bytes_:,}"
+        )
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise RunError(f"checkpoint {path} is damaged: {name} does not have the recorded SHA-256")
+    return content
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

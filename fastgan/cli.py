@@ -1,0 +1,151 @@
+"""The command line: `fastgan VERB`. Only config is imported until a verb runs, so help and
+mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from . import __version__
+from .config import (
+    DEFAULT_RECIPE,
+    FacesCommand,
+    InfoCommand,
+    PrepareCommand,
+    SampleCommand,
+    TrainCommand,
+    TrainConfig,
+    load_recipe,
+    plain_config,
+    to_toml,
+)
+from .errors import RunError, UsageError
+
+VERBS: dict[str, type] = {
+    "train": TrainCommand,
+    "prepare": PrepareCommand,
+    "sample": SampleCommand,
+    "faces": FacesCommand,
+    "info": InfoCommand,
+}
+ABOUT = "Train DCGAN-family face generators at the speed of the card."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line. Returns 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 143 for
+    SIGTERM.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args in (["--version"], ["-V"]):
+            print(f"fastgan {__version__}")
+            return 0
+        command = parse(args)
+        return run(command)
+    except UsageError as error:
+        print(f"fastgan: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"fastgan: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastgan: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our stdout has gone (`fastgan info | head -1`): no traceback, and none at
+        # exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parse(args: Sequence[str]) -> Any:
+    """The command that `args` spell. Exits 2 on a wrong flag (tyro), raises `UsageError` on a
+    wrong value.
+    """
+    base = TrainConfig()
+    if args and args[0] == "train" and not {"-h", "--help"} & set(args):
+        base = _train_base(args[1:])
+    union: Any = None
+    for name, verb in VERBS.items():
+        # model_construct: the base may lack a length, which a flag is about to give
+        default = (
+            TrainCommand.model_construct(**base.model_dump())
+            if verb is TrainCommand
+            else tyro.MISSING
+        )
+        settings = tyro.conf.subcommand(name, default=default, prefix_name=False)
+        made: Any = Annotated[(verb, settings)]
+        union = made if union is None else union | made
+    return tyro.cli(
+        union,
+        prog="fastgan",
+        description=ABOUT,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _train_base(args: Sequence[str]) -> TrainConfig:
+    """What the flags are laid over: the run to be resumed, the recipe, or the defaults."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--recipe", "--resume", "--data", "--kimg", "--epochs"):
+        scan.add_argument(flag)
+    try:
+        given, _ = scan.parse_known_args(args)
+    except argparse.ArgumentError:  # a flag without its value: tyro says it better
+        return TrainConfig()
+    if given.resume and given.resume != "auto":
+        from .runlog import load_config
+
+        base = load_config(given.resume)
+    elif given.recipe:
+        base = load_recipe(given.recipe)
+    elif given.data is None:
+        base = load_recipe(DEFAULT_RECIPE)
+    else:
+        base = TrainConfig()
+    # A length on the command line replaces the recipe's, of whichever kind that was.
+    if given.epochs is not None and given.kimg is None:
+        base = base.model_copy(update={"kimg": None})
+    if given.kimg is not None and given.epochs is None:
+        base = base.model_copy(update={"epochs": None})
+    return base
+
+
+def run(command: Any) -> int:
+    """Do what a parsed command asks; the heavy imports happen here."""
+    if isinstance(command, TrainCommand):
+        config = plain_config(command)
+        if command.dry_run:
+            print(to_toml(config), end="")
+            return 0
+        from .trainer import train
+
+        return train(config, resume=command.resume)
+    if isinstance(command, PrepareCommand):
+        from .data.cache import prepare
+
+        prepare(command.source, command.size, out=command.out, root=command.cache, flag="SOURCE")
+        return 0
+    if isinstance(command, SampleCommand):
+        from .samples import sample
+
+        sample(command)
+        return 0
+    if isinstance(command, FacesCommand):
+        from .data.face_files import write_faces
+        from .paths import empty_folder
+
+        folder = empty_folder(command.out, "--out")
+        write_faces(folder, command.count, command.size, command.seed)
+        return 0
+    from .env import info
+
+    print(info())
+    return 0

@@ -1,0 +1,329 @@
+"""Every option of every command, typed, with its default and its rule; and the recipes, which are
+the same as TOML.
+
+Nothing heavy is imported here: `fastgan --help` and a mistyped flag are answered from this file
+alone. A flag beats the recipe, the recipe beats the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from .errors import UsageError
+
+MIN_SIZE, MAX_SIZE = 32, 256
+BASES = (4, 5, 6, 7)  # the smallest map's edge; doubling it reaches every supported size
+SIZES = tuple(sorted(b << k for b in BASES for k in range(8) if MIN_SIZE <= b << k <= MAX_SIZE))
+PIXEL_RANGES = ((-1.0, 1.0), (0.0, 1.0))
+DEFAULT_SIZE = 64
+DEFAULT_KIMG = 1000.0
+DEFAULT_RECIPE = "quickstart"  # what `fastgan train` does when no data, recipe or run is named
+
+PixelRange = tuple[float, float]
+
+
+def split_size(size: int) -> tuple[int, int]:
+    """`size` as (base, doublings): 64 is (4, 4), 112 is (7, 4)."""
+    doublings = 0
+    while size > BASES[-1]:
+        size //= 2
+        doublings += 1
+    return size, doublings
+
+
+def _size(value: int) -> int:
+    if value not in SIZES:
+        near = sorted(sorted(SIZES, key=lambda s: (abs(s - value), s))[:2])
+        raise ValueError(
+            f"must be 4, 5, 6 or 7 times a power of two, {MIN_SIZE} to {MAX_SIZE} "
+            f"(nearest: {near[0]}, {near[1]}), got {value}"
+        )
+    return value
+
+
+def _pixel_range(value: PixelRange) -> PixelRange:
+    if value not in PIXEL_RANGES:
+        raise ValueError(f"must be -1 1 or 0 1, got {value[0]:g} {value[1]:g}")
+    return value
+
+
+Size = Annotated[int, AfterValidator(_size)]
+Device = Literal["auto", "cpu", "cuda"]
+# Options that may be unset: the help text says what happens then, so tyro's "(default: None)" is
+# left away.
+Kimg = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+class Options(BaseModel):
+    """A set of options, checked when made (pydantic's ValidationError says what does not fit)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            try:
+                text = str(value).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"must be valid UTF-8, got {str(value)!r}") from None
+            if b"\0" in text or not text:
+                raise ValueError(f"must not be empty or hold a NUL, got {str(value)!r}")
+        return value
+
+
+class TrainConfig(Options):
+    """What one training run is. A recipe is this as TOML; a run folder keeps it as config.json."""
+
+    data: str = "faces:10000"
+    """Images to learn from: a folder (searched in depth), a cache made by `prepare`, or faces:N (N
+    drawn faces).
+    """
+    size: Size = DEFAULT_SIZE
+    """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
+    batch: int = Field(128, ge=2, le=65536)
+    """Images a step."""
+    kimg: Annotated[Kimg, Field(gt=0)] = None
+    """Length of the run in thousands of images (default: 1000)."""
+    epochs: Annotated[Kimg, Field(gt=0)] = None
+    """Length of the run in passes over the set, instead of --kimg."""
+    amp: bool = False
+    """Mixed precision: bf16 (fp16 on cards before sm_80); weights, statistics and Adam stay
+    float32.
+    """
+    compile: bool = False
+    """Compile both networks with torch.compile."""
+    device: Device = "auto"
+    """Where to train; auto takes the GPU where there is one."""
+    seed: int = Field(999, ge=0, lt=2**63)
+    """Seed of weights, latents and the order of images."""
+    latent: int = Field(100, ge=1, le=65536)
+    """Length of the latent vector z, drawn from N(0, 1)."""
+    width: int = Field(64, ge=1, le=4096)
+    """Channels of the layers beside the image (the tutorial's ngf and ndf)."""
+    pixel_range: Annotated[PixelRange, AfterValidator(_pixel_range)] = (-1.0, 1.0)
+    """What 0 and 255 become for the networks: -1 1 (tanh generator) or 0 1 (sigmoid)."""
+    lr_g: float = Field(2e-4, gt=0, le=10)
+    """Adam's learning rate of the generator."""
+    lr_d: float = Field(2e-4, gt=0, le=10)
+    """Adam's learning rate of the discriminator."""
+    beta1: float = Field(0.5, ge=0, lt=1)
+    """Adam's beta1."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Adam's beta2."""
+    ema_kimg: float = Field(10.0, ge=0)
+    """Half-life of the averaged generator in thousands of images (at most 5% of what was seen; 0:
+    no average).
+    """
+    out: Path = Path("runs")
+    """Folder of the run folders."""
+    cache: OptionalPath = None
+    """Folder of the decoded sets (default: $FASTGAN_CACHE, else the user's cache folder)."""
+    tick_kimg: Annotated[Kimg, Field(gt=0)] = None
+    """Between two lines of statistics (default: a hundredth of the run)."""
+    sample_kimg: Annotated[Kimg, Field(gt=0)] = None
+    """Between two sample grids (default: a twentieth of the run)."""
+    save_kimg: Annotated[Kimg, Field(gt=0)] = None
+    """Between two checkpoints (default: a quarter of the run)."""
+    keep: int = Field(3, ge=2)
+    """How many checkpoints stay; older ones are deleted."""
+    grid: int = Field(64, ge=1, le=4096)
+    """Images in a sample grid."""
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if self.kimg is not None and self.epochs is not None:
+            raise ValueError(
+                "kimg and epochs are two ways to give the length, and only one may be given: "
+                f"got kimg {self.kimg:g} and epochs {self.epochs:g}"
+            )
+        if self.kimg is None and self.epochs is None:
+            object.__setattr__(self, "kimg", DEFAULT_KIMG)  # past `frozen`: still being made
+        return self
+
+
+class Flags(Options):
+    """Options that come from the command line: what does not fit raises `UsageError` naming the
+    flag.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(_explain(error, "--", dash=True)) from None
+
+
+class TrainCommand(Flags, TrainConfig):
+    """Train a generator and a discriminator on a folder of images.
+
+    With no --data, --recipe and --resume this is the recipe `quickstart`: drawn faces, about two
+    minutes on two cores.
+    """
+
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE", help_behavior_hint="")] = None
+    """Start from a recipe: a name (see `fastgan info`) or a TOML file as --dry-run prints it."""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="auto|RUN", help_behavior_hint="")] = None
+    """Continue a run from its newest checkpoint; auto takes the newest run in --out with this
+    configuration.
+    """
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the resolved configuration as TOML and stop."""
+
+
+class PrepareCommand(Flags):
+    """Decode a folder of images once into a cache that `train --data` takes."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """A folder of images (searched in depth), or faces:N."""
+    size: Size = DEFAULT_SIZE
+    """Image size in pixels."""
+    out: OptionalPath = None
+    """The cache folder to write (default: a name of its own in --cache)."""
+    cache: OptionalPath = None
+    """Folder of the decoded sets (default: $FASTGAN_CACHE, else the user's cache folder)."""
+
+
+class SampleCommand(Flags):
+    """Draw images from a trained generator."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run folder, or one checkpoint in it."""
+    count: int = Field(64, ge=1, le=10_000_000)
+    """How many images."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the latents; image i of a seed is the same for every --count."""
+    out: OptionalPath = None
+    """The grid to write, .png, .jpg or .webp (default: RUN/samples/sample-seed0.png)."""
+    each: OptionalPath = None
+    """Write single PNG files into this folder instead of a grid."""
+    ema: bool = True
+    """Use the averaged generator; --no-ema takes the weights as trained."""
+    device: Device = "auto"
+    """Where to run."""
+
+
+class FacesCommand(Flags):
+    """Write drawn faces as PNG files, with the factors that made them in factors.csv."""
+
+    out: Path
+    """Folder to write into; new, or empty."""
+    count: int = Field(64, ge=1, le=10_000_000)
+    """How many faces."""
+    size: int = Field(256, ge=16, le=4096)
+    """Edge in pixels."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed; face i of a seed is the same for every --count and --size."""
+
+
+class InfoCommand(Flags):
+    """Show the machine, the versions, and which fast paths are on or what they lack."""
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with fastgan."""
+    folder = resources.files("fastgan") / "recipes"
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """The configuration that a recipe's name or TOML file stands for; `UsageError` if it is not a
+    right one.
+    """
+    if name in recipe_names():
+        text = (resources.files("fastgan") / "recipes" / f"{name}.toml").read_text("utf-8")
+    elif Path(name).is_file():
+        try:
+            text = Path(name).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--recipe {name}: cannot be read as UTF-8 text: {error}") from None
+    else:
+        near = difflib.get_close_matches(name, recipe_names(), n=2)
+        guess = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(
+            f"--recipe must be a TOML file or one of {', '.join(recipe_names())}, "
+            f"got {name!r}{guess}"
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--recipe {name}: not valid TOML: {error}") from None
+    return config_from(values, f"--recipe {name}: ")
+
+
+def config_from(values: dict[str, Any], where: str) -> TrainConfig:
+    """A checked configuration from plain values; types are taken strictly, and errors begin with
+    `where`.
+    """
+    try:
+        return TrainConfig.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise UsageError(_explain(error, where, dash=False)) from None
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values, without what is not set; `config_from` reads it back."""
+    return config.model_dump(mode="json", include=set(TrainConfig.model_fields), exclude_none=True)
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The configuration as TOML that `--recipe` reads back to the same."""
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in to_plain(config).items())
+
+
+def _toml(value: Any) -> str:
+    # A JSON string, number, list or boolean is TOML too, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def plain_config(command: TrainCommand) -> TrainConfig:
+    """The configuration that a `fastgan train` command line came to."""
+    return TrainConfig(**{key: getattr(command, key) for key in TrainConfig.model_fields})
+
+
+def _explain(error: ValidationError, where: str, dash: bool) -> str:
+    """Pydantic's findings in one line each: the name, the rule, the value."""
+    lines = []
+    for found in error.errors():
+        key = str(found["loc"][0]) if found["loc"] else ""
+        rule = found["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+        if found["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, list(TrainConfig.model_fields), n=1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}unknown key {key!r}{guess}")
+        elif not key:  # a rule about several options
+            lines.append(rule if dash else f"{where}{rule}")
+        else:
+            name = key.replace("_", "-") if dash else key
+            got = "" if found["type"] == "value_error" else f", got {found['input']!r}"
+            lines.append(f"{where}{name} {rule}{got}")
+    return "\n".join(lines)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What changed: {key: (old value, new value)}, None where it is not set."""
+    was, now = to_plain(old), to_plain(new)
+    return {
+        k: (was.get(k), now.get(k)) for k in TrainConfig.model_fields if was.get(k) != now.get(k)
+    }

@@ -1,0 +1,118 @@
+"""What the user sees: plain lines, warnings and a progress bar.
+
+Lines go to stdout, warnings to stderr, and both into every file opened with `log_to`. On a
+terminal the bar is drawn in place by rich; elsewhere (a pipe, a Slurm log) it is a plain line
+every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(highlight=False, soft_wrap=True, stderr=True)
+_logs: list[TextIO] = []
+
+
+def say(line: str) -> None:
+    """Print one line to stdout and to the open logs."""
+    _out.file = sys.stdout
+    _out.print(line, markup=False)
+    _log(line)
+
+
+def warn(line: str) -> None:
+    """Print `warning: line` to stderr and to the open logs."""
+    _err.file = sys.stderr
+    _err.print(f"warning: {line}", markup=False)
+    _log(f"warning: {line}")
+
+
+def _log(line: str) -> None:
+    for log in _logs:
+        log.write(line + "\n")
+        log.flush()
+
+
+@contextmanager
+def log_to(file: TextIO) -> Iterator[None]:
+    """Copy every line said inside the block to `file`."""
+    _logs.append(file)
+    try:
+        yield
+    finally:
+        _logs.remove(file)
+
+
+class Bar:
+    """A count that grows to `total`, with a rate; see `bar`."""
+
+    def __init__(self, label: str, total: float, unit: str, start: float = 0.0) -> None:
+        self.label, self.total, self.unit, self.start = label, total, unit, start
+        self.done = start
+        self.note = ""
+        self._began = self._last = time.monotonic()
+        self._rich: Progress | None = None
+        if sys.stdout.isatty():
+            _out.file = sys.stdout
+            self._rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(compact=True),
+                console=_out,
+                transient=True,
+            )
+            self._task = self._rich.add_task(label, total=total, note="")
+            self._rich.update(self._task, completed=start)
+            self._rich.start()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the bar began."""
+        return (self.done - self.start) / max(time.monotonic() - self._began, 1e-9)
+
+    def update(self, done: float, note: str | None = None) -> None:
+        """Set the count to `done`; `note` replaces the text beside the bar (default: the rate)."""
+        self.done = done
+        self.note = note if note is not None else f"{self.rate:,.0f} {self.unit}/s"
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, note=self.note)
+        elif time.monotonic() - self._last >= PLAIN_INTERVAL_S:
+            self._last = time.monotonic()
+            left = (self.total - done) / max(self.rate, 1e-9)
+            say(f"{self.label}: {100 * done / self.total:.0f}%  {self.note}  {clock(left)} left")
+
+    def close(self) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+
+@contextmanager
+def bar(label: str, total: float, unit: str = "img", start: float = 0.0) -> Iterator[Bar]:
+    """A progress bar from `start` to `total`, gone when the block ends."""
+    shown = Bar(label, total, unit, start)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `8s`, `2m 05s` or `3h 12m`."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    return f"{s // 3600}h {s % 3600 // 60:02d}m"

@@ -1,0 +1,1 @@
+"""From images to batches: find, decode, cache, feed; and the drawn faces."""

@@ -1,0 +1,5 @@
+"""The architectures."""
+
+from .dcgan import Discriminator, Generator, init_weights
+
+__all__ = ["Discriminator", "Generator", "init_weights"]

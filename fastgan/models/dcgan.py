@@ -1,0 +1,116 @@
+"""The DCGAN of Radford et al. 2015 (arXiv:1511.06434) in the PyTorch tutorial's shape, for any
+supported size.
+
+The generator starts from a square of 4, 5, 6 or 7 pixels and doubles it until `size` is reached;
+the discriminator is its mirror. Channels halve with every doubling, down to `width` beside the
+image, and are held at 16 times `width`: at 64 px 8, 4, 2, 1 times the width, as in the tutorial;
+at 256 px 16, 16, 8, 4, 2, 1. Both run in channels-last memory
+(`Module.to(memory_format=torch.channels_last)`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fastgan_kernels import BatchNormAct2d
+from torch import Tensor, nn
+
+from ..config import PixelRange, split_size
+
+LEAKY_SLOPE = 0.2
+MAX_MULTIPLE = 16  # of the width: 1,024 channels at width 64, the common form of a 128 px DCGAN
+
+
+def channels(size: int, width: int) -> list[int]:
+    """Channels of the inner maps from the smallest one to the one beside the image."""
+    _, doublings = split_size(size)
+    return [width * min(2**i, MAX_MULTIPLE) for i in reversed(range(doublings))]
+
+
+class UpBlock(nn.Module):
+    """Transposed convolution, batch norm, ReLU."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(cin, cout, kernel, stride, padding, bias=False)
+        self.norm = BatchNormAct2d(cout, act="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class DownBlock(nn.Module):
+    """Convolution that halves the map, batch norm with `groups` of statistics, LeakyReLU."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 4, 2, 1, bias=False)
+        self.norm = BatchNormAct2d(cout, act="leaky_relu", negative_slope=LEAKY_SLOPE)
+
+    def forward(self, x: Tensor, groups: int) -> Tensor:
+        return self.norm(self.conv(x), groups)
+
+
+class Generator(nn.Module):
+    """Latents [B, latent] to images [B, 3, size, size] in `pixel_range` (tanh for [-1, 1], sigmoid
+    for [0, 1]).
+    """
+
+    def __init__(
+        self,
+        size: int = 64,
+        latent: int = 100,
+        width: int = 64,
+        pixel_range: PixelRange = (-1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        base, _ = split_size(size)
+        inner = channels(size, width)
+        self.size, self.latent, self.pixel_range = size, latent, pixel_range
+        self.blocks = nn.ModuleList([UpBlock(latent, inner[0], base, 1, 0)])
+        for cin, cout in zip(inner, inner[1:], strict=False):
+            self.blocks.append(UpBlock(cin, cout, 4, 2, 1))
+        self.last = nn.ConvTranspose2d(inner[-1], 3, 4, 2, 1, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = latents[:, :, None, None]
+        for block in self.blocks:
+            x = block(x)
+        x = self.last(x)
+        return torch.tanh(x) if self.pixel_range[0] < 0 else torch.sigmoid(x)
+
+
+class Discriminator(nn.Module):
+    """Images [B, 3, size, size] to logits [B]; `groups` parts of the batch have batch-norm
+    statistics of their own.
+    """
+
+    def __init__(self, size: int = 64, width: int = 64) -> None:
+        super().__init__()
+        base, _ = split_size(size)
+        inner = channels(size, width)[::-1]
+        self.size = size
+        self.first = nn.Conv2d(3, inner[0], 4, 2, 1, bias=False)
+        self.blocks = nn.ModuleList(
+            DownBlock(cin, cout) for cin, cout in zip(inner, inner[1:], strict=False)
+        )
+        self.last = nn.Conv2d(inner[-1], 1, base, 1, 0, bias=False)
+
+    def forward(self, images: Tensor, groups: int = 1) -> Tensor:
+        x = F.leaky_relu(self.first(images), LEAKY_SLOPE)
+        for block in self.blocks:
+            x = block(x, groups)
+        return self.last(x).flatten()
+
+
+@torch.no_grad()
+def init_weights(network: nn.Module, generator: torch.Generator) -> None:
+    """The paper's initialisation: convolutions N(0, 0.02), batch-norm weights N(1, 0.02), biases
+    0.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.weight.normal_(0.0, 0.02, generator=generator)
+        elif isinstance(module, BatchNormAct2d):
+            module.weight.normal_(1.0, 0.02, generator=generator)
+            module.bias.zero_()

@@ -1,0 +1,152 @@
+"""Pictures: from the generator's numbers to pixels, grids and files; and `fastgan sample`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from . import console
+from .checkpoint import Checkpoint, find
+from .config import PixelRange, SampleCommand, config_from
+from .env import cores, pick_device
+from .errors import RunError, UsageError
+from .models import Generator
+from .optim import copy_into
+from .paths import empty_folder, picture_file
+
+CHUNK = 256  # images a pass of the generator
+GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_GRID = 4096
+
+
+def to_uint8(images: Tensor, pixel_range: PixelRange) -> Tensor:
+    """[B, 3, H, W] in `pixel_range` to uint8 [B, H, W, 3], rounded to the nearest level."""
+    low, high = pixel_range
+    levels = (images.float() - low) * (255 / (high - low))
+    return levels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def latents(seed: int, count: int, latent: int) -> Iterator[Tensor]:
+    """float32 [<= CHUNK, latent] pieces of N(0, 1), `count` rows in all; row i depends on (seed,
+    i) alone.
+    """
+    random = np.random.default_rng(seed)
+    for start in range(0, count, CHUNK):
+        shape = (min(CHUNK, count - start), latent)
+        yield torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+
+
+@torch.no_grad()
+def generate(generator: Generator, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """uint8 [B, H, W, 3] on the CPU for each piece of latents, batch norm by its running
+    statistics.
+    """
+    weight = next(generator.parameters())
+    was_training = generator.training
+    generator.eval()
+    try:
+        for piece in pieces:
+            images = generator(piece.to(weight.device, weight.dtype))
+            yield to_uint8(images, generator.pixel_range).cpu()
+    finally:
+        generator.train(was_training)
+
+
+def grid(images: Tensor) -> Image.Image:
+    """uint8 [N, H, W, 3] as one picture, near to square."""
+    columns = math.ceil(math.sqrt(len(images)))
+    tiled = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=2, pad_value=255)
+    return Image.fromarray(tiled.permute(1, 2, 0).numpy())
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write beside and rename, so that a viewer never meets half a picture."""
+    scratch = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        picture.save(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_generator(checkpoint: Checkpoint, ema: bool, device: torch.device) -> Generator:
+    """The generator of a checkpoint: averaged (`ema`) or as trained, in evaluation mode.
+
+    The averaged generator has batch-norm statistics of its own, averaged with its weights
+    (`optim.Ema`).
+    """
+    config = config_from(checkpoint.meta["config"], f"{checkpoint.path}: ")
+    generator = Generator(config.size, config.latent, config.width, config.pixel_range)
+    saved = checkpoint.tensors("model", "ema." if ema else "g.")
+    try:
+        copy_into(generator.state_dict(), saved, str(checkpoint.path))
+    except ValueError as error:
+        raise RunError(f"the weights do not fit the configuration: {error}") from None
+    return generator.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def sample(command: SampleCommand) -> None:
+    """`fastgan sample`: a grid, or single files."""
+    if command.each is not None and command.out is not None:
+        raise UsageError("--out writes a grid and --each writes single files: give one of them")
+    checkpoint = find(command.run)
+    if command.each is not None:
+        target = empty_folder(command.each, "--each")
+    else:
+        if command.count > MAX_GRID:
+            raise UsageError(
+                f"--count must be at most {MAX_GRID:,} for a grid, got {command.count:,}; "
+                "--each writes single files"
+            )
+        named = command.out or _default_out(checkpoint, command.seed)
+        target = picture_file(named, GRID_SUFFIXES, "--out")
+    generator = load_generator(checkpoint, command.ema, pick_device(command.device))
+    pieces = generate(generator, latents(command.seed, command.count, generator.latent))
+    weights = "averaged" if command.ema else "trained"
+    from_ = f"{weights} weights of {checkpoint.path}"
+    if command.each is not None:
+        write_each(pieces, target, command.count)
+        console.say(f"{command.count:,} images from the {from_}: {target}")
+        return
+    try:
+        save_picture(grid(torch.cat(list(pieces))), target)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {target} cannot be written: {error}") from None
+    console.say(f"{command.count:,} images from the {from_}: {target}")
+
+
+def write_each(pieces: Iterator[Tensor], folder: Path, count: int) -> None:
+    """Images as 000000.png, 000001.png, ... by a few threads (zlib lets go of the interpreter's
+    lock).
+    """
+    digits = max(6, len(str(count - 1)))
+
+    def write(numbered: tuple[int, np.ndarray]) -> None:
+        number, pixels = numbered
+        Image.fromarray(pixels).save(folder / f"{number:0{digits}d}.png", compress_level=1)
+
+    images = enumerate(image for piece in pieces for image in piece.numpy())
+    done = 0
+    with console.bar("writing", count) as shown, ThreadPoolExecutor(cores()) as pool:
+        try:
+            while part := list(islice(images, CHUNK)):
+                done += len(list(pool.map(write, part)))
+                shown.update(done)
+        except OSError as error:
+            raise RunError(f"{folder}: {error}") from None
+
+
+def _default_out(checkpoint: Checkpoint, seed: int) -> Path:
+    samples = checkpoint.path.parent.parent / "samples"
+    folder = samples if samples.is_dir() else checkpoint.path
+    return folder / f"sample-seed{seed}.png"

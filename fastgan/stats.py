@@ -1,0 +1,121 @@
+"""The numbers of a run: gathered on the device, read once a tick, kept as JSON lines, an array and
+a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .step import StepStats
+
+COLUMNS = ("step", "kimg", *StepStats._fields)  # of losses.npy
+
+
+class Accumulator:
+    """Sums of the step's statistics since the last tick, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(StepStats._fields), dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, stats: StepStats) -> None:
+        self.sums += torch.stack(list(stats))
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, and start anew. This is the one host sync of a tick."""
+        means = (self.sums / max(self.count, 1)).tolist()
+        self.sums.zero_()
+        self.count = 0
+        return dict(zip(StepStats._fields, means, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, so that a tick cut in two reads the same."""
+        return {"sums": self.sums, "count": torch.tensor(self.count)}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        self.sums.copy_(saved["sums"])
+        self.count = int(saved["count"])
+
+
+class StatsLog:
+    """stats.jsonl (a line a tick), losses.npy (float32 [ticks, columns]; losses.json names them)
+    and losses.png.
+    """
+
+    def __init__(self, folder: Path, up_to_step: int = 0) -> None:
+        """Opens the log of a run, without the lines after `up_to_step`: those will come again."""
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        path = folder / "stats.jsonl"
+        if path.exists():
+            self.rows = [row for row in _read_lines(path) if row["step"] <= up_to_step]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(path, text.encode())
+        write_atomically(folder / "losses.json", (json.dumps(list(COLUMNS)) + "\n").encode())
+        self._write_losses()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one tick."""
+        self.rows.append(row)
+        with open(self.folder / "stats.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._write_losses()
+
+    def losses(self) -> np.ndarray:
+        """float32 [ticks, columns]."""
+        table = [[row[name] for name in COLUMNS] for row in self.rows]
+        return np.array(table, np.float32).reshape(len(self.rows), len(COLUMNS))
+
+    def _write_losses(self) -> None:
+        scratch = self.folder / "losses.npy.tmp"
+        with open(scratch, "wb") as file:
+            np.save(file, self.losses())
+        os.replace(scratch, self.folder / "losses.npy")
+
+    def plot(self) -> None:
+        """Draw losses.png: G and D loss above; D(x) and D(G(z)) below, with the line 0.5 where D
+        cannot tell.
+        """
+        from matplotlib.figure import Figure  # 0.4 s to import, and only a run needs it
+
+        kimg = [row["kimg"] for row in self.rows]
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        above.plot(kimg, [row["g_loss"] for row in self.rows], label="G loss", color="tab:blue")
+        above.plot(kimg, [row["d_loss"] for row in self.rows], label="D loss", color="tab:orange")
+        above.set_ylabel("loss")
+        below.plot(kimg, [row["d_real"] for row in self.rows], label="D(x)", color="tab:green")
+        below.plot(kimg, [row["d_fake"] for row in self.rows], label="D(G(z))", color="tab:red")
+        below.axhline(0.5, color="gray", linewidth=1, linestyle="--", label="0.5")
+        below.set(ylabel="mean probability of real", xlabel="thousands of images", ylim=(0, 1))
+        for axes in (above, below):
+            axes.legend(loc="upper right")
+            axes.grid(alpha=0.3)
+        scratch = self.folder / "losses.tmp.png"
+        figure.savefig(scratch, dpi=100)
+        os.replace(scratch, self.folder / "losses.png")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that a kill cut short; it is after every checkpoint
+            break
+    return rows
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file beside and rename it into place."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)

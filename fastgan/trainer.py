@@ -1,0 +1,368 @@
+"""The loop: feed -> step -> statistics; log, sample, save, resume. No tensor arithmetic here."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import __version__, checkpoint, console
+from .config import TrainConfig, differences, to_plain
+from .data.cache import Cache, prepare
+from .data.feed import ResidentFeed
+from .env import amp_dtype, compile_line, environment, machine_line, pick_device
+from .errors import RunError, UsageError
+from .models import Discriminator, Generator, init_weights
+from .optim import Ema, adam_tensors, copy_into, make_adam
+from .paths import check_folder
+from .runlog import Run, latest_like, load_config, run_folder
+from .samples import generate, grid, latents, save_picture
+from .stats import Accumulator, StatsLog
+from .step import Step
+
+# A run is resumed with these as they were: they shape the networks, or the meaning of what was
+# counted.
+FIXED = ("size", "batch", "latent", "width", "pixel_range", "seed")
+# Where an interval is not given it is this share of the run.
+TICK_SHARE, SAMPLE_SHARE, SAVE_SHARE = 1 / 100, 1 / 20, 1 / 4
+
+
+def train(config: TrainConfig, resume: str | None = None) -> int:
+    """`fastgan train`: returns 0, or 130 / 143 when Ctrl-C / SIGTERM ended the run after a save."""
+    check_folder(config.out, "--out")
+    device = pick_device(config.device)
+    start = _find_start(config, resume)
+    cache = prepare(config.data, config.size, root=config.cache, flag="--data")
+    try:
+        trainer = Trainer(config, cache, device)
+        if start is not None:
+            trainer.load(start)
+            if trainer.step_count >= trainer.total_steps:
+                console.say(
+                    f"{_run_of(start)} has its {trainer.images / 1000:g} kimg: nothing to do "
+                    "(a larger --kimg or --epochs goes on)"
+                )
+                return 0
+        return _train_in(Run.create(config) if start is None else Run(_run_of(start)), trainer)
+    except torch.OutOfMemoryError as error:
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        raise RunError(
+            f"out of GPU memory at --batch {config.batch}, --size {config.size}, "
+            f"--width {config.width} (peak {peak:.1f} GiB): lower one of them "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _train_in(run: Run, trainer: Trainer) -> int:
+    with ExitStack() as stack:
+        stack.callback(run.close)
+        log = stack.enter_context(open(run.path / "log.txt", "a"))
+        stack.enter_context(console.log_to(log))
+        return trainer.run(run)
+
+
+def _find_start(config: TrainConfig, resume: str | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint that `--resume` stands for; None starts anew."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        found = latest_like(config)
+        if found is None or not checkpoint.checkpoints(found):
+            console.say(
+                f"--resume auto: no run of this configuration in {config.out}, starting one"
+            )
+            return None
+        return checkpoint.newest(found)
+    run = run_folder(Path(resume))
+    changed = differences(load_config(run), config)
+    for key in FIXED:
+        if key in changed:
+            was, now = changed[key]
+            raise UsageError(
+                f"--{key.replace('_', '-')} cannot change within a run: {run} has {was}, got {now}"
+            )
+    for key, (was, now) in changed.items():
+        console.say(f"{key}: {was} -> {now}")
+    return checkpoint.find(Path(resume))
+
+
+def _run_of(start: checkpoint.Checkpoint) -> Path:
+    return start.path.parent.parent
+
+
+class Trainer:
+    """Everything that a run consists of, and the loop over it."""
+
+    def __init__(self, config: TrainConfig, cache: Cache, device: torch.device) -> None:
+        self.config, self.cache, self.device = config, cache, device
+        amp, self.amp_line = amp_dtype(device) if config.amp else (None, "float32")
+        compiled, self.compile_line = compile_line(device) if config.compile else (False, "off")
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
+        random = torch.Generator().manual_seed(config.seed)
+        shape = (config.size, config.latent, config.width, config.pixel_range)
+        self.g, self.d = Generator(*shape), Discriminator(config.size, config.width)
+        average = Generator(*shape)
+        for network in (self.g, self.d, average):
+            init_weights(network, random)
+            network.to(device).to(memory_format=torch.channels_last)
+        betas = (config.beta1, config.beta2)
+        self.adam_g = make_adam(self.g, config.lr_g, betas)
+        self.adam_d = make_adam(self.d, config.lr_d, betas)
+        self.ema = Ema(self.g, average, config.batch, config.ema_kimg * 1000)
+        self.random = torch.Generator(device).manual_seed(config.seed)
+        self.feed = ResidentFeed(cache.images, config.batch, config.seed, device)
+        self.step = Step(
+            self.g,
+            self.d,
+            self.adam_g,
+            self.adam_d,
+            self.ema,
+            batch=config.batch,
+            random=self.random,
+            pixel_range=config.pixel_range,
+            amp_dtype=amp,
+            compile=compiled,
+        )
+        self.stats = Accumulator(device)
+        self.step_count = 0
+        epochs_img = (config.epochs or 0) * len(cache.images)
+        self.total_steps = math.ceil((epochs_img or (config.kimg or 0) * 1000) / config.batch)
+        self.seconds = {"sample": 0.0, "save": 0.0}  # since the last tick
+        self.resumed_from: Path | None = None
+
+    @property
+    def images(self) -> int:
+        """Real images that the steps so far have taken."""
+        return self.step_count * self.config.batch
+
+    def run(self, run: Run) -> int:
+        """Train to the end, or to a signal; the status in run.json says which."""
+        run.write("config.json", to_plain(self.config))
+        run.write("env.json", environment(self.device))
+        self.log = StatsLog(run.path, self.step_count)
+        self._announce(run)
+        run.status("running", self.step_count, self.images)
+        try:
+            with _stop_signals() as caught:
+                if not self.step_count:
+                    self._first_pictures(run)
+                self._loop(run, caught)
+                self._finish(run)
+        except BaseException:
+            run.status("failed", self.step_count, self.images)
+            raise
+        if self.step_count >= self.total_steps:
+            run.status("done", self.step_count, self.images)
+            console.say(f"done: {self.images / 1000:g} kimg; everything is in {run.path}")
+            return 0
+        run.status("preempted", self.step_count, self.images)
+        console.say(
+            f"stopped at {self.images / 1000:g} kimg by {signal.Signals(caught[0]).name}, saved; "
+            f"fastgan train --resume {run.path} goes on"
+        )
+        return 128 + caught[0]
+
+    def _loop(self, run: Run, caught: list[int]) -> None:
+        config = self.config
+        total_kimg = self.total_steps * config.batch / 1000
+        self.tick_start, self.tick_images = time.perf_counter(), self.images
+        self.began = self.tick_start
+        self.seconds = dict.fromkeys(self.seconds, 0.0)  # the first pictures came before
+        with console.bar("training", total_kimg, "kimg", self.images / 1000) as bar:
+            while self.step_count < self.total_steps and not caught:
+                self.stats.add(self.step(self.feed.next()))
+                self.step_count += 1
+                bar.update(self.images / 1000, bar.note)
+                if self._due(config.tick_kimg, TICK_SHARE):
+                    row = self._tick()
+                    bar.update(self.images / 1000, f"{row['img_per_s']:,.0f} img/s")
+                if self.step_count == self.total_steps:
+                    break  # the end has a grid and a checkpoint of its own
+                if self._due(config.sample_kimg, SAMPLE_SHARE):
+                    self._sample(run)
+                if self._due(config.save_kimg, SAVE_SHARE):
+                    self._save(run)
+
+    def _due(self, every_kimg: float | None, share: float) -> bool:
+        """Whether the last step crossed a multiple of the interval: a function of the step."""
+        batch = self.config.batch
+        every = every_kimg * 1000 if every_kimg else share * self.total_steps * batch
+        return self.images // every != (self.images - batch) // every
+
+    def _finish(self, run: Run) -> None:
+        if self.step_count >= self.total_steps and self.stats.count:
+            self._tick()
+        self._sample(run)
+        self._save(run)
+
+    def _tick(self) -> dict[str, Any]:
+        """Read the statistics since the last tick (the one host sync) and log them."""
+        means = self.stats.take()
+        now = time.perf_counter()
+        seconds = {"train": now - self.tick_start - sum(self.seconds.values()), **self.seconds}
+        images = self.images - self.tick_images
+        row = {
+            "step": self.step_count,
+            "kimg": self.images / 1000,
+            "epoch": self.images / len(self.cache.images),
+            **means,
+            "img_per_s": images / seconds["train"],
+            "s_per_kimg": 1000 * seconds["train"] / images,
+            "gpu_memory_bytes": (
+                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            ),
+            "seconds": seconds,
+            "elapsed_s": now - self.began,
+        }
+        self.log.add(row)
+        self.tick_start, self.tick_images = now, self.images
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        return row
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Count the block's time to a phase, not to training; steps still queued on a GPU end
+        before it.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"--out: cannot write the run: {error}") from None
+        self.seconds[phase] += time.perf_counter() - begin
+
+    def _first_pictures(self, run: Run) -> None:
+        """Real images, spread over the set, and what the untrained generator makes of the fixed
+        latents.
+        """
+        images = self.cache.images
+        count = min(self.config.grid, len(images))
+        spread = np.linspace(0, len(images) - 1, count).astype(np.int64)
+        save_picture(grid(torch.from_numpy(images[spread])), run.path / "samples" / "real.png")
+        self._sample(run)
+
+    def _sample(self, run: Run) -> None:
+        """The grid of the fixed latents, from the averaged generator; and the curves so far."""
+        path = run.path / "samples" / f"fake-{checkpoint.kimg_name(self.images)}.png"
+        with self._timed("sample"):
+            fixed = latents(self.config.seed, self.config.grid, self.config.latent)
+            save_picture(grid(torch.cat(list(generate(self.ema.network, fixed)))), path)
+            self.log.plot()
+        line = f"{self.images / 1000:8.1f} kimg  "
+        if self.log.rows:
+            row = self.log.rows[-1]
+            line += (
+                f"D {row['d_loss']:.3f}  G {row['g_loss']:.3f}  D(x) {row['d_real']:.2f}  "
+                f"D(G(z)) {row['d_fake']:.2f}  {row['img_per_s']:,.0f} img/s  "
+            )
+        console.say(f"{line}{path.name}")
+
+    def _save(self, run: Run) -> None:
+        with self._timed("save"):
+            checkpoint.save(run.path / "checkpoints", self.images, self._parts(), self._meta())
+            checkpoint.prune(run.path, self.config.keep)
+            run.status("running", self.step_count, self.images)
+
+    def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        networks = {"g": self.g, "d": self.d, "ema": self.ema.network}
+        adams = {"g": (self.adam_g, self.g), "d": (self.adam_d, self.d)}
+        return {
+            "model": _prefixed({k: net.state_dict() for k, net in networks.items()}),
+            "optim": _prefixed({k: adam_tensors(*pair) for k, pair in adams.items()}),
+            "state": {
+                "random.latents": self.random.get_state(),
+                "ema.steps": self.ema.steps,
+                **_prefixed({"stats": self.stats.tensors()}),
+            },
+        }
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "fastgan": __version__,
+            "step": self.step_count,
+            "feed": self.feed.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "data": {"fingerprint": self.cache.meta.fingerprint, "count": len(self.cache.images)},
+            "config": to_plain(self.config),
+        }
+
+    def load(self, start: checkpoint.Checkpoint) -> None:
+        """Put every number back where it was when the checkpoint was written."""
+        meta, data = start.meta, start.meta["data"]
+        if data["fingerprint"] != self.cache.meta.fingerprint:
+            raise UsageError(
+                f"--data {self.config.data} is not what the run was trained on: {data['count']:,} "
+                f"images then, {len(self.cache.images):,} now, or other files; start a new run"
+            )
+        try:
+            for name, network in (("g", self.g), ("d", self.d), ("ema", self.ema.network)):
+                copy_into(network.state_dict(), start.tensors("model", f"{name}."), name)
+            copy_into(adam_tensors(self.adam_g, self.g), start.tensors("optim", "g."), "Adam of G")
+            copy_into(adam_tensors(self.adam_d, self.d), start.tensors("optim", "d."), "Adam of D")
+        except ValueError as error:
+            raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
+        state = start.tensors("state")
+        self.random.set_state(state["random.latents"])
+        self.ema.steps.copy_(state["ema.steps"])
+        self.stats.load(start.tensors("state", "stats."))
+        self.step.scaler.load_state_dict(meta["scaler"])
+        self.feed.load_state_dict(meta["feed"])
+        self.step_count = meta["step"]
+        self.resumed_from = start.path
+
+    def _announce(self, run: Run) -> None:
+        """What is on, and why not where not: printed once, at the start."""
+        config, images = self.config, self.cache.images
+        megabytes = images.nbytes / 1e6
+        sizes = [sum(p.numel() for p in net.parameters()) for net in (self.g, self.d)]
+        lines = {
+            "fastgan": f"{__version__}, torch {torch.__version__}, {machine_line(self.device)}",
+            "data": f"{len(images):,} images of {config.size} px, resident ({megabytes:,.0f} MB)",
+            "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last",
+            "precision": self.amp_line,
+            "compile": self.compile_line,
+            "length": (
+                f"{self.total_steps * config.batch / 1000:g} kimg, "
+                f"{self.total_steps:,} steps of {config.batch}"
+            ),
+            "run": str(run.path),
+        }
+        if self.resumed_from is not None:
+            lines["resumed"] = f"from {self.resumed_from.name}"
+        for name, value in lines.items():
+            console.say(f"{name:<10} {value}")
+
+
+def _prefixed(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{group}.{name}": t for group, part in groups.items() for name, t in part.items()}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM inside the block are noted in the list it gives; a second one ends at
+    once.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,271 @@
+"""The command line as a user meets it: messages, exit codes, files. No traceback for what can be mended."""
+
+import csv
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastgan.cli import main
+from PIL import Image
+
+TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
+
+
+def fastgan(*args, cwd=None):
+    """A process of its own, as a shell would start it."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastgan", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def refused(capsys, *args, code=2):
+    """What stderr says when the command line is refused, on one line."""
+    try:
+        got = main([str(a) for a in args])
+    except SystemExit as exit_:  # tyro's own
+        got = exit_.code
+    said = capsys.readouterr()
+    assert got == code, said
+    assert "Traceback" not in said.err
+    text = said.err.replace("│", " ")
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTGAN_CACHE", str(out / "cache"))
+        assert main(["train", "--data", "faces:32", *TINY, "--kimg", "0.08", "--out", str(out)]) == 0
+    (folder,) = out.glob("0*")
+    return folder
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from fastgan.cli import main\n"
+        "try:\n    main(['train', '--help'])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "took = time.perf_counter() - start\n"
+        "assert 'torch' not in sys.modules and 'torchvision' not in sys.modules\n"
+        "assert 'numpy' not in sys.modules\n"
+        "print('took', took)"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "--kimg" in done.stdout
+        times.append(float(done.stdout.split()[-1]))
+    assert min(times) < 1.0, times
+
+
+def test_version():
+    done = fastgan("--version")
+    assert done.returncode == 0 and done.stdout.startswith("fastgan 0.")
+
+
+def test_wrong_flags_and_values(capsys, tmp_path):
+    assert "Perhaps you meant: --batch" in refused(capsys, "train", "--batc", "3")
+    assert "--size must be 4, 5, 6 or 7 times a power of two, 32 to 256 (nearest: 96, 112), got " in (
+        refused(capsys, "train", "--size", "100")
+    )
+    assert "--batch must be greater than or equal to 2, got 0" in refused(
+        capsys, "train", "--batch", "0"
+    )
+    assert "--batch" in refused(capsys, "train", "--batch", "many")
+    assert "--pixel-range must be -1 1 or 0 1, got 0 2" in refused(
+        capsys, "train", "--pixel-range", "0", "2"
+    )
+    assert "only one may be given" in refused(capsys, "train", "--kimg", "1", "--epochs", "1")
+    assert "train, prepare, sample, faces, info" in refused(capsys, "trian")
+    assert "--recipe must be a TOML file or one of quickstart" in refused(
+        capsys, "train", "--recipe", "nothing"
+    )
+    assert "--count must be greater" in refused(capsys, "faces", "--out", tmp_path, "--count", "0")
+
+
+def test_wrong_recipes(capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('batches = 3\nwidth = "wide"\n')
+    said = refused(capsys, "train", "--recipe", path)
+    assert f"--recipe {path}: unknown key 'batches'; did you mean batch?" in said
+    assert "width must be a valid integer, got 'wide'" in said
+
+
+def test_wrong_data(capsys, tmp_path):
+    out = ["--out", tmp_path / "runs"]
+    missing, file, empty = tmp_path / "missing", tmp_path / "file.txt", tmp_path / "empty"
+    file.write_text("text")
+    empty.mkdir()
+    assert f"--data must be a folder of images, a cache or faces:N; no such path: {missing}" in (
+        refused(capsys, "train", "--data", missing, *out)
+    )
+    assert f"it is a file: {file}" in refused(capsys, "train", "--data", file, *out)
+    assert "--data: no images" in refused(capsys, "train", "--data", empty, *out)
+    assert "faces:N needs a whole number N" in refused(capsys, "train", "--data", "faces:x", *out)
+    (empty / "a.png").write_bytes(b"not an image")
+    assert "none of the 1 images" in refused(capsys, "train", "--data", empty, *out)
+    assert "SOURCE" in refused(capsys, "prepare", missing)
+    assert not (tmp_path / "runs").exists()  # nothing was left behind
+
+
+def test_wrong_output_folders(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    assert f"--out must be a folder, or a path where one can be made: {file} is a file" in refused(
+        capsys, "train", "--out", file / "runs"
+    )
+    assert f"{file} is a file" in refused(capsys, "train", "--out", file)
+    assert f"{file} is a file" in refused(capsys, "faces", "--out", file / "x")
+    assert f"{file} is a file" in refused(
+        capsys, "train", "--data", "faces:8", "--out", tmp_path / "runs", "--cache", file / "x"
+    )
+    assert "--out must be a new or an empty folder" in refused(capsys, "faces", "--out", tmp_path)
+
+
+def test_wrong_resume(capsys, tmp_path, run):
+    assert "--resume must be auto, a run folder or one of its checkpoints" in refused(
+        capsys, "train", "--resume", tmp_path / "none"
+    )
+    assert "holds no run" in refused(capsys, "train", "--resume", tmp_path)
+    assert f"--size cannot change within a run: {run} has 32, got 64" in refused(
+        capsys, "train", "--resume", run, "--size", "64"
+    )
+    assert "is not what the run was trained on: 32 images then, 40 now" in refused(
+        capsys, "train", "--resume", run, "--data", "faces:40"
+    )
+
+
+def test_wrong_runs_to_sample(capsys, tmp_path, run):
+    assert "no such run" in refused(capsys, "sample", tmp_path / "none")
+    assert "neither a run folder nor a checkpoint" in refused(capsys, "sample", tmp_path)
+    assert "--out must end in .png" in refused(capsys, "sample", run, "--out", tmp_path / "a.bmp")
+    assert "give one of them" in refused(
+        capsys, "sample", run, "--out", tmp_path / "a.png", "--each", tmp_path / "b"
+    )
+    assert "--each must be a new or an empty folder" in refused(capsys, "sample", run, "--each", run)
+    assert "at most 4,096 for a grid" in refused(capsys, "sample", run, "--count", "5000")
+
+
+def test_flag_beats_recipe_beats_default(capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("batch = 32\nwidth = 16\nepochs = 2.0\n")
+
+    def resolved(*args):
+        assert main(["train", "--recipe", str(path), "--dry-run", *args]) == 0
+        return tomllib.loads(capsys.readouterr().out)
+
+    plain = resolved()
+    assert (plain["batch"], plain["width"], plain["epochs"]) == (32, 16, 2.0)
+    assert plain["latent"] == 100 and "kimg" not in plain
+    assert resolved("--batch", "8")["batch"] == 8
+    longer = resolved("--kimg", "7")
+    assert longer["kimg"] == 7.0 and "epochs" not in longer
+    assert resolved("--kimg=1000")["kimg"] == 1000.0  # the default's value, said explicitly
+
+
+def test_dry_run_prints_what_recipe_reads_back(capsys, tmp_path):
+    given = ["--size", "48", "--epochs", "3", "--amp", "--data", 'a "folder"', "--cache", "c\\d"]
+    assert main(["train", *given, "--dry-run"]) == 0
+    first = capsys.readouterr().out
+    path = tmp_path / "again.toml"
+    path.write_text(first)
+    assert main(["train", "--recipe", str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_no_argument_is_the_quickstart(capsys):
+    assert main(["train", "--dry-run"]) == 0
+    values = tomllib.loads(capsys.readouterr().out)
+    assert values["data"].startswith("faces:") and (values["size"], values["width"]) == (64, 32)
+    assert main(["train", "--data", "somewhere", "--dry-run"]) == 0
+    values = tomllib.loads(capsys.readouterr().out)
+    assert (values["width"], values["batch"]) == (64, 128)  # the tutorial's, not the quickstart's
+
+
+def test_amp_and_compile_say_what_they_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastgan.env.cxx_compiler", lambda: None)
+    monkeypatch.setattr("fastgan.env.cpu_flags", set)
+    args = ["train", "--data", "faces:16", *TINY, "--kimg", "0.016", "--out", str(tmp_path)]
+    assert main([*args, "--amp", "--compile", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "precision  float32: --amp changes nothing on this CPU" in said
+    assert "compile    off: torch.compile on a CPU needs a C++ compiler (g++)" in said
+
+
+def test_prepare_then_train_from_the_cache(tmp_path, capsys):
+    cache = tmp_path / "set"
+    assert main(["prepare", "faces:24", "--size", "32", "--out", str(cache)]) == 0
+    assert np.load(cache / "images.npy").shape == (24, 32, 32, 3)
+    args = ["--data", str(cache), "--kimg", "0.016", "--out", str(tmp_path / "runs")]
+    assert main(["train", *TINY, *args]) == 0
+    assert "24 images of 32 px" in capsys.readouterr().out
+    said = refused(capsys, "train", "--data", cache, "--size", "64", "--out", tmp_path / "runs")
+    assert "holds images of 32 px, but --size is 64" in said
+
+
+def test_sample_writes_a_grid_and_single_files(run, tmp_path, capsys):
+    grid, files = tmp_path / "grid.png", tmp_path / "files"
+    assert main(["sample", str(run), "--count", "9", "--seed", "3", "--out", str(grid)]) == 0
+    picture = Image.open(grid)
+    assert picture.size == (3 * 34 + 2, 3 * 34 + 2)
+    assert main(["sample", str(run), "--count", "5", "--seed", "3", "--each", str(files)]) == 0
+    assert sorted(p.name for p in files.iterdir()) == [f"{i:06d}.png" for i in range(5)]
+    # image i of a seed is the same, whatever the count and the form
+    first = np.asarray(Image.open(files / "000000.png"))
+    assert np.array_equal(np.asarray(picture)[2:34, 2:34], first)
+    assert main(["sample", str(run), "--count", "4"]) == 0
+    assert (run / "samples" / "sample-seed0.png").is_file()
+
+
+def test_faces_writes_pngs_and_their_factors(tmp_path, capsys):
+    from fastgan.data.faces import FACTOR_NAMES, factors, render
+
+    out = tmp_path / "faces"
+    assert main(["faces", "--count", "3", "--size", "40", "--seed", "5", "--out", str(out)]) == 0
+    with open(out / "factors.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", *FACTOR_NAMES]
+    assert [row[0] for row in rows] == ["000000.png", "000001.png", "000002.png"]
+    table = np.array([[float(v) for v in row[1:]] for row in rows], np.float32)
+    np.testing.assert_allclose(table, factors(3, 5), rtol=1e-5)
+    drawn = np.asarray(Image.open(out / "000002.png"))
+    assert np.array_equal(drawn, render(factors(3, 5), 40)[2])
+
+
+def test_info_names_machine_fast_paths_and_recipes():
+    done = fastgan("info")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "device", "--amp", "--compile", "Triton", "DALI", "quickstart"):
+        assert word in done.stdout
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m fastgan train --dry-run | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_paths_that_are_not_utf8_are_named(capsys):
+    assert "--data must be valid UTF-8" in refused(capsys, "train", "--data", "a\udcff", "--dry-run")
+
+
+def test_the_package_is_light():
+    code = "import sys, fastgan; assert 'torch' not in sys.modules; print(fastgan.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+    assert Path(__file__).resolve().parents[1].joinpath("LICENSE").is_file()

@@ -1,0 +1,126 @@
+"""Options, recipes and their round trip through TOML."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from fastgan.config import (
+    BASES,
+    SIZES,
+    TrainConfig,
+    config_from,
+    differences,
+    load_recipe,
+    recipe_names,
+    split_size,
+    to_plain,
+    to_toml,
+)
+from fastgan.errors import UsageError
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+positive = st.floats(1e-6, 1e6)
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+configs = st.builds(
+    TrainConfig,
+    data=text,
+    size=st.sampled_from(SIZES),
+    batch=st.integers(2, 65536),
+    epochs=st.none() | positive,
+    amp=st.booleans(),
+    device=st.sampled_from(["auto", "cpu", "cuda"]),
+    seed=st.integers(0, 2**63 - 1),
+    pixel_range=st.sampled_from([(-1.0, 1.0), (0.0, 1.0)]),
+    lr_g=st.floats(1e-9, 10),
+    beta1=st.floats(0, 1, exclude_max=True),
+    out=text.map(Path),
+    cache=st.none() | text.map(Path),
+    tick_kimg=st.none() | positive,
+)
+
+
+@given(configs)
+def test_toml_reads_back_to_the_same(config):
+    assert config_from(tomllib.loads(to_toml(config)), "") == config
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_split_into_a_base_and_doublings(size):
+    base, doublings = split_size(size)
+    assert base in BASES and base << doublings == size
+
+
+@pytest.mark.parametrize(
+    ("size", "near"), [(100, "96, 112"), (31, "32, 40"), (500, "224, 256"), (65, "56, 64"), (-4, "32, 40")]
+)
+def test_another_size_names_the_nearest_two(size, near):
+    with pytest.raises(ValidationError, match=rf"nearest: {near}\), got {size}"):
+        TrainConfig(size=size)
+
+
+def test_the_length_is_kimg_or_epochs():
+    assert TrainConfig().kimg == 1000 and TrainConfig().epochs is None
+    assert TrainConfig(epochs=3).kimg is None
+    with pytest.raises(ValidationError, match="only one may be given: got kimg 2 and epochs 3"):
+        TrainConfig(kimg=2, epochs=3)
+
+
+WRONG = [
+    ({"batch": "many"}, "batch must be a valid integer, got 'many'"),
+    ({"batch": "128"}, "batch must be a valid integer"),  # text that looks like a number is text
+    ({"batch": 0}, "batch must be greater than or equal to 2, got 0"),
+    ({"amp": 1}, "amp must be a valid boolean, got 1"),
+    ({"szie": 64}, "unknown key 'szie'; did you mean size?"),
+    ({"kimg": 1, "epochs": 1}, "kimg and epochs are two ways.*only one may be given"),
+    ({"size": 100}, r"size must be 4, 5, 6 or 7 times a power of two.*got 100"),
+    ({"pixel_range": [0, 2]}, "pixel_range must be -1 1 or 0 1, got 0 2"),
+    ({"pixel_range": [0]}, "pixel_range"),
+    ({"device": "gpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+    ({"data": ""}, "data must not be empty"),
+    ({"out": "a\0b"}, "out must not be empty or hold a NUL"),
+    ({"lr_g": float("nan")}, "lr_g must be"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG)
+def test_wrong_recipe_values_name_key_rule_and_value(values, message):
+    with pytest.raises(UsageError, match=f"^my.toml: {message}"):
+        config_from(values, "my.toml: ")
+
+
+def test_every_wrong_key_is_told_at_once():
+    with pytest.raises(UsageError) as caught:
+        config_from({"batch": 1, "width": 0, "foo": 1}, "")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_valid(name):
+    assert isinstance(load_recipe(name), TrainConfig)
+
+
+def test_a_missing_recipe_names_the_closest():
+    with pytest.raises(UsageError, match="one of quickstart.*got 'quikstart'; did you mean quickst"):
+        load_recipe("quikstart")
+
+
+def test_a_recipe_file_that_is_not_toml(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("batch = = 3")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_recipe(str(path))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="UTF-8"):
+        load_recipe(str(path))
+
+
+def test_differences_and_plain_values():
+    a, b = TrainConfig(batch=64), TrainConfig(epochs=2)
+    assert differences(a, b) == {
+        "batch": (64, 128),
+        "kimg": (1000.0, None),
+        "epochs": (None, 2.0),
+    }
+    assert config_from(to_plain(b), "") == b

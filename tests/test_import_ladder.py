@@ -1,0 +1,90 @@
+"""The import ladder: a module imports only modules on rungs below its own (DESIGN: the house)."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNGS = [
+    ["fastgan_kernels.bn_act", "fastgan_kernels.gather_u8"],
+    ["fastgan_kernels"],
+    ["fastgan"],
+    ["fastgan.errors"],
+    ["fastgan.console", "fastgan.paths", "fastgan.config"],
+    ["fastgan.env"],
+    ["fastgan.data", "fastgan.data.images", "fastgan.data.faces", "fastgan.data.feed"],
+    ["fastgan.data.decode", "fastgan.data.face_files"],
+    ["fastgan.data.cache"],
+    ["fastgan.models.dcgan"],
+    ["fastgan.models"],
+    ["fastgan.losses", "fastgan.optim", "fastgan.reference"],
+    ["fastgan.step"],
+    ["fastgan.stats", "fastgan.checkpoint"],
+    ["fastgan.runlog", "fastgan.samples"],
+    ["fastgan.trainer"],
+    ["fastgan.cli"],
+    ["fastgan.__main__"],
+]
+RUNG = {name: height for height, names in enumerate(RUNGS) for name in names}
+OWN = {"fastgan", "fastgan_kernels", "benchmarks", "tools", "tests"}
+
+
+def modules():
+    for base in (ROOT / "fastgan", ROOT / "kernels" / "fastgan_kernels"):
+        for path in sorted(base.rglob("*.py")):
+            parts = path.relative_to(base.parent).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imported(path, name):
+    """Every module of ours that a file imports, at its top or inside a function."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                base = ".".join(filter(None, [above, base]))
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in RUNG else base  # a module, or a name inside one
+
+
+def test_every_module_is_on_the_ladder():
+    assert sorted(RUNG) == sorted(name for name, _ in modules())
+
+
+def test_imports_only_go_down_the_ladder():
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in modules()
+        for target in imported(path, name)
+        if target.split(".")[0] in OWN and RUNG.get(target, len(RUNGS)) >= RUNG[name]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_watch_sees_a_wrong_import(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("def f():\n    from ..trainer import train\n    from . import cache\n")
+    seen = set(imported(path, "fastgan.data.wrong"))
+    assert seen == {"fastgan.trainer", "fastgan.data.cache"}
+
+
+def test_kernels_never_import_fastgan():
+    for name, path in modules():
+        if name.startswith("fastgan_kernels"):
+            tops = {target.split(".")[0] for target in imported(path, name)}
+            assert tops <= {"__future__", "torch", "triton", "fastgan_kernels"}, name
+
+
+def test_the_reference_shares_no_code_with_the_fast_path():
+    path = ROOT / "fastgan" / "reference.py"
+    tops = {target.split(".")[0] for target in imported(path, "fastgan.reference")}
+    assert tops == {"__future__", "typing", "torch"}
+
+
+def test_kernels_folder_is_not_a_package():
+    """PyPI's `kernels` owns that import name: ours would overwrite it on install."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()

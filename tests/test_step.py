@@ -1,0 +1,227 @@
+"""The fast step equals the reference (DESIGN: three kinds of evidence), and planted mistakes do not."""
+
+import pytest
+import torch
+from equality import Case, Errors, batches, float64_distance, make_step, teacher_forced
+from fastgan import reference
+from fastgan.data.feed import Batch
+from fastgan.step import Step, StepStats
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FLOAT64_TOLERANCE = 1e-9  # float64 rounding, 1e-16, times 20 steps of Adam's early sign-like updates
+CASE = Case(size=32, latent=32, width=16, batch=16)
+
+
+def gradient_tolerance(roundoff: float) -> float:
+    """How far a network's gradient may be off for roundings of relative size `roundoff`.
+
+    The roundings themselves are small beside what they do at the kinks of ReLU and LeakyReLU. After
+    batch norm a pre-activation is about N(0, 1), off by about 4 roundings (conv, input, norm, store); so a
+    share p = 2 * 0.4 * 4 * roundoff of the masks flips, each a wrong term of the gradient's own size: a
+    relative L2 error of sqrt(p) a layer, and the independent errors of up to 9 layers add in squares.
+    """
+    return (9 * 2 * 0.4 * 4 * roundoff) ** 0.5
+
+
+# float32 sums of up to 1,024 terms, random signs: 2^-24 * sqrt(1024). In float32 one Adam sits between the
+# two gradients: D weights whose gradient is rounding noise step the other way, 2 * lr = 4e-4 beside
+# weights of 0.02: a relative change of 2%, for about one weight in a thousand: 6e-4 in L2.
+FLOAT32 = {"d_grad": gradient_tolerance(2e-6), "g_grad": gradient_tolerance(6e-4)}
+FLOAT32 |= {"mean": 1.5e-4, "var": 1.5e-4, "batches": 0.0, "loss": 1e-3, "probability": 1e-4}
+# bf16 rounds to 2^-9, fp16 to 2^-12. The statistics move by 0.1 of a batch's error, three times a step.
+BF16 = {"d_grad": gradient_tolerance(2**-9), "g_grad": 1.5 * gradient_tolerance(2**-9)}
+BF16 |= {"mean": 5e-3, "var": 5e-3, "batches": 0.0, "loss": 5e-2, "probability": 2e-2}
+FP16 = {"d_grad": gradient_tolerance(2**-12), "g_grad": 2 * gradient_tolerance(2**-12)}
+FP16 |= {"mean": 1e-3, "var": 1e-3, "batches": 0.0, "loss": 1e-2, "probability": 5e-3}
+
+
+def within(errors: Errors, limits: dict[str, float]) -> None:
+    over = {k: (*errors.worst[k], limits[k]) for k in limits if not errors[k] <= limits[k]}
+    assert not over, f"(error, where, limit): {over}"
+
+
+class Ungrouped(Step):
+    """Planted: real and fake normalised by shared statistics."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        d = self._d
+        self._d = lambda images, groups: d(images, 1)
+
+
+class FakeFirst(Step):
+    """Planted: the running statistics take the fake before the real."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        d = self._d
+
+        def swapped(images: Tensor, groups: int) -> Tensor:
+            if groups == 1:
+                return d(images, 1)
+            real, fake = images.chunk(2)
+            on_fake, on_real = d(torch.cat([fake, real]), 2).chunk(2)
+            return torch.cat([on_real, on_fake])
+
+        self._d = swapped
+
+
+class EvalInG(Step):
+    """Planted: D in evaluation mode while G is updated."""
+
+    def _update_g(self, fake: Tensor) -> Tensor:
+        self.discriminator.eval()
+        loss = super()._update_g(fake)
+        self.discriminator.train()
+        return loss
+
+
+class StaleD(Step):
+    """Planted: G is judged by the discriminator from before its update."""
+
+    def _update_d(self, real: Tensor, fake: Tensor):
+        self.old = [p.detach().clone() for p in self.discriminator.parameters()]
+        return super()._update_d(real, fake)
+
+    def _update_g(self, fake: Tensor) -> Tensor:
+        params = list(self.discriminator.parameters())
+        new = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p, old in zip(params, self.old, strict=True):
+                p.copy_(old)
+        loss = super()._update_g(fake)
+        with torch.no_grad():
+            for p, value in zip(params, new, strict=True):
+                p.copy_(value)
+        return loss
+
+
+RIGHT = {
+    "one pass": {},
+    "two passes": {"one_pass": False},
+    "contiguous": {"channels_last": False},
+}
+
+
+@pytest.mark.parametrize("case", [CASE, Case(size=56, width=4), Case(size=64, width=4)], ids=str)
+@pytest.mark.parametrize("how", RIGHT.values(), ids=RIGHT)
+def test_float64_equals_the_reference_after_20_steps(how, case):
+    off = float64_distance(make_step(case, torch.float64, **how), case)
+    networks = (reference.make_generator(case.size), reference.make_discriminator(case.size))
+    assert len(off) == sum(len(network.state_dict()) for network in networks)  # every tensor
+    assert max(off.values()) <= FLOAT64_TOLERANCE, max(off, key=off.__getitem__)
+
+
+@pytest.mark.slow
+def test_compiled_float64_equals_the_reference_after_20_steps():
+    off = float64_distance(make_step(CASE, torch.float64, compile=True), CASE)
+    assert max(off.values()) <= FLOAT64_TOLERANCE, max(off, key=off.__getitem__)
+
+
+@pytest.mark.parametrize("how", RIGHT.values(), ids=RIGHT)
+def test_float32_equals_the_reference_step_by_step(how):
+    within(teacher_forced(make_step(CASE, **how), CASE), FLOAT32)
+
+
+@pytest.mark.parametrize("how", RIGHT.values(), ids=RIGHT)
+def test_bf16_equals_the_reference_step_by_step(how):
+    within(teacher_forced(make_step(CASE, amp_dtype=torch.bfloat16, **how), CASE), BF16)
+
+
+def test_fp16_with_a_scaler_equals_the_reference_step_by_step():
+    step = make_step(CASE, amp_dtype=torch.float16)
+    step.scaler.scale(torch.zeros(()))  # the scale tensor is made on first use
+    step.scaler.update(1024.0)
+    within(teacher_forced(step, CASE), FP16)
+
+
+PLANTED = [Ungrouped, FakeFirst, EvalInG, StaleD]
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_float64_shows_a_planted_mistake(mistake):
+    off = float64_distance(make_step(CASE, torch.float64, kind=mistake), CASE)
+    assert max(off.values()) > 1000 * FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+@pytest.mark.parametrize(
+    ("amp_dtype", "limits"), [(None, FLOAT32), (torch.bfloat16, BF16)], ids=["fp32", "bf16"]
+)
+def test_teacher_forcing_shows_a_planted_mistake(mistake, amp_dtype, limits):
+    errors = teacher_forced(make_step(CASE, kind=mistake, amp_dtype=amp_dtype), CASE)
+    with pytest.raises(AssertionError):
+        within(errors, limits)
+
+
+def test_a_step_overflowing_in_fp16_changes_no_weight_and_lowers_the_scale():
+    step = make_step(CASE, amp_dtype=torch.float16)
+    step.scaler.scale(torch.zeros(()))
+    step.scaler.update(2.0**40)
+    before = [p.detach().clone() for p in step.generator.parameters()]
+    step(next(batches(CASE)))
+    for was, now in zip(before, step.generator.parameters(), strict=True):
+        assert torch.equal(was, now)
+    assert step.scaler.get_scale() == 2.0**39
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading a value back, or copying between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back_to_the_host():
+    step = make_step(CASE)
+    first, second = batches(CASE, 2)
+    step(first)
+    with Syncs() as syncs:
+        stats = step(second)
+    assert syncs.seen == []
+    assert isinstance(stats, StepStats) and all(s.shape == () for s in stats)
+    with Syncs() as syncs:
+        stats.d_loss.item()
+    assert syncs.seen  # the watch does see a read
+
+
+def test_a_step_draws_only_from_its_own_generator():
+    step = make_step(CASE)
+    state = torch.get_rng_state()
+    first = step(next(batches(CASE)))
+    assert torch.equal(torch.get_rng_state(), state)
+    again = make_step(CASE)
+    torch.manual_seed(12345)
+    assert float(first.g_loss) != float(step(next(batches(CASE))).g_loss)  # fresh latents each step
+    # the same generator state gives the same latents
+    a, b = make_step(CASE), again
+    a.draw_latents(), b.draw_latents()
+    assert torch.equal(a.latents, b.latents)
+
+
+def test_the_frozen_discriminator_gets_its_gradients_back():
+    step = make_step(CASE)
+    step(next(batches(CASE)))
+    assert all(p.requires_grad for p in step.discriminator.parameters())
+
+
+@pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
+def test_the_discriminator_sees_the_configured_pixel_range(pixel_range):
+    step = make_step(CASE)
+    step.pixel_range = pixel_range
+    seen = []
+    d = step._d
+    step._d = lambda images, groups: (seen.append(images), d(images, groups))[1]
+    black_and_white = torch.zeros(CASE.batch, CASE.size, CASE.size, 3, dtype=torch.uint8)
+    black_and_white[::2] = 255
+    step(Batch(black_and_white, torch.arange(CASE.batch)))
+    real = seen[0][: CASE.batch]
+    assert real[1].unique().tolist() == [pixel_range[0]]
+    assert real[0].unique().tolist() == [pixel_range[1]]

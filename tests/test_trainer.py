@@ -1,0 +1,246 @@
+"""Whole runs, small: what a run folder holds, and that a stopped run goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from fastgan import checkpoint
+from fastgan.cli import main
+from fastgan.config import TrainConfig
+from fastgan.data.cache import prepare
+from fastgan.trainer import Trainer
+from PIL import Image
+
+TINY = {"size": 32, "width": 4, "latent": 8, "batch": 8, "grid": 4, "data": "faces:20"}
+FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
+FLAGS += ["--sample-kimg=9"]  # first and last grid only: each costs a plot
+
+
+def train(out, *args):
+    return main(["train", *FLAGS, "--device=cpu", f"--out={out}", *args])
+
+
+def only_run(out):
+    (folder,) = out.glob("0*")
+    return folder
+
+
+def tensors(run):
+    """Every tensor of the newest checkpoint, by part and name."""
+    found = checkpoint.newest(run)
+    return {f"{part}.{k}": v for part in checkpoint.PARTS for k, v in found.tensors(part).items()}
+
+
+def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
+    assert train(tmp_path, "--kimg=0.4", "--tick-kimg=0.08", "--sample-kimg=0.2") == 0
+    run = only_run(tmp_path)
+    assert run.name == "00000-faces-32px-b8-s999"
+    assert json.loads((run / "run.json").read_text()) == {"status": "done", "step": 50, "kimg": 0.4}
+    assert json.loads((run / "config.json").read_text())["batch"] == 8
+    assert json.loads((run / "env.json").read_text())["torch"] == torch.__version__
+    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [row["kimg"] for row in rows] == [0.08, 0.16, 0.24, 0.32, 0.4]
+    for row in rows:
+        assert row["img_per_s"] > 0 and row["seconds"]["train"] > 0
+        assert 0 < row["d_real"] < 1 and 0 < row["d_fake"] < 1 and row["epoch"] == row["step"] * 8 / 20
+    columns = json.loads((run / "losses.json").read_text())
+    losses = np.load(run / "losses.npy", allow_pickle=False)
+    assert losses.dtype == np.float32 and losses.shape == (5, len(columns))
+    np.testing.assert_array_equal(
+        losses, np.array([[row[c] for c in columns] for row in rows], np.float32)
+    )
+    assert Image.open(run / "losses.png").size == (800, 600)
+    names = sorted(p.name for p in (run / "samples").iterdir())
+    assert names == ["fake-000000.000kimg.png", "fake-000000.200kimg.png", "fake-000000.400kimg.png", "real.png"]
+    log = (run / "log.txt").read_text()
+    assert "precision  float32" in log and "20 images of 32 px" in log and "done: 0.4 kimg" in log
+    assert log in capsys.readouterr().out  # the log is what the user saw
+    (last,) = [p for p in checkpoint.checkpoints(run) if p.name == "000000.400kimg"]
+    meta = json.loads((last / "meta.json").read_text())
+    assert meta["step"] == 50 and set(meta["files"]) == set(checkpoint.PARTS)
+    assert meta["feed"] == {"epoch": 20, "offset": 0}
+
+
+def test_the_statistics_are_the_means_of_the_steps(tmp_path):
+    config = TrainConfig(**TINY, kimg=0.08)
+    cache = prepare(config.data, config.size, root=tmp_path)
+    trainer = Trainer(config, cache, torch.device("cpu"))
+    seen = []
+    for _ in range(5):
+        stats = trainer.step(trainer.feed.next())
+        trainer.stats.add(stats)
+        seen.append([float(value) for value in stats])
+    means = trainer.stats.take()
+    np.testing.assert_allclose(list(means.values()), np.mean(seen, axis=0), rtol=1e-6)
+    assert trainer.stats.count == 0 and not trainer.stats.sums.any()
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(tmp_path / name, "--kimg=0.04", f"--seed={seed}") == 0
+    a, b, c = (tensors(only_run(tmp_path / name)) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["model.g.last.weight"], c["model.g.last.weight"])
+
+
+@pytest.mark.parametrize("how", ["auto", "run", "checkpoint"])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, how, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    length = ["--kimg=0.24", "--tick-kimg=0.064", "--save-kimg=0.08", "--sample-kimg=0.24"]
+    assert train(whole, *length) == 0
+    assert train(parts, *length, "--kimg=0.12") == 0  # ends within a tick and an epoch
+    run = only_run(parts)
+    where = {"auto": "auto", "run": run, "checkpoint": run / "checkpoints" / "000000.120kimg"}[how]
+    # the last tick of the first part was cut short by its end; the undisturbed run has none there
+    rows = (run / "stats.jsonl").read_text().splitlines()
+    if how == "auto":
+        assert train(parts, *length, "--resume=auto") == 0
+    else:
+        assert main(["train", f"--resume={where}", "--kimg=0.24"]) == 0
+    assert only_run(parts) == run
+    a, b = tensors(only_run(whole)), tensors(run)
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not [k for k in different if not k.startswith("state.stats")]
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+    assert (run / "stats.jsonl").read_text().splitlines()[: len(rows)] == rows
+    grids = [r / "samples" / "fake-000000.240kimg.png" for r in (only_run(whole), run)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_resume_auto_starts_where_nothing_is_and_ends_where_all_is_done(tmp_path, capsys):
+    assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0
+    assert "no run of this configuration" in capsys.readouterr().out
+    assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert train(tmp_path, "--kimg=0.04", "--resume=auto", "--seed=5") == 0  # another configuration
+    assert len(list(tmp_path.glob("0*"))) == 2
+
+
+def damage(run, name="model.safetensors", keep=0.5):
+    path = checkpoint.checkpoints(run)[-1] / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    return path.parent
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys):
+    args = ["--kimg=0.08", "--save-kimg=0.04"]
+    assert train(tmp_path, *args) == 0
+    run = only_run(tmp_path)
+    bad = damage(run)
+    capsys.readouterr()
+    assert train(tmp_path, "--resume=auto", *args, "--kimg=0.12") == 0
+    said = capsys.readouterr()
+    assert f"checkpoint {bad} is damaged: model.safetensors has" in said.err
+    assert "resumed    from 000000.040kimg" in said.out
+    assert main(["sample", str(run), "--count=1"]) == 0
+
+
+def test_when_every_checkpoint_is_damaged_the_command_fails_with_their_names(tmp_path, capsys):
+    assert train(tmp_path, "--kimg=0.04") == 0
+    run = only_run(tmp_path)
+    while len(checkpoint.checkpoints(run)) > 1:
+        checkpoint.prune(run, 1)
+    bad = damage(run)
+    for command in (["train", f"--resume={run}"], ["sample", str(run)], ["sample", str(bad)]):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert str(bad) in said and "damaged" in said and "Traceback" not in said
+
+
+def test_a_failing_step_leaves_the_run_marked(tmp_path, monkeypatch):
+    def fail(self, batch):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("fastgan.step.Step.__call__", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        train(tmp_path, "--kimg=0.08")
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "failed"
+
+
+def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys):
+    def fail(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("fastgan.step.Step.__call__", fail)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device=None: 3 << 30)
+    assert train(tmp_path, "--kimg=0.08") == 1
+    said = capsys.readouterr().err
+    assert "out of GPU memory at --batch 8, --size 32, --width 4 (peak 3.0 GiB)" in said
+
+
+def test_a_full_disk_ends_the_run_with_a_word(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastgan.checkpoint._write_flushed", full)
+    assert train(tmp_path, "--kimg=0.08") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert list((only_run(tmp_path) / "checkpoints").iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
+    flags = [*FLAGS, "--device=cpu", "--kimg=2", "--tick-kimg=0.04", "--save-kimg=9", "--sample-kimg=9"]
+    command = [sys.executable, "-m", "fastgan", "train", *flags]
+    child = subprocess.Popen(
+        [*command, f"--out={tmp_path / 'a'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "a").glob("0*/losses.npy")):
+        time.sleep(0.05)
+    (run,) = (tmp_path / "a").glob("0*")
+    while time.monotonic() < deadline and len(np.load(run / "losses.npy")) < 3:
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == code, err
+    assert "Traceback" not in err and f"fastgan train --resume {run} goes on" in out
+    status = json.loads((run / "run.json").read_text())
+    assert status["status"] == "preempted" and 0 < status["step"] < 250
+    assert main(["train", f"--resume={run}"]) == 0
+    whole = subprocess.run([*command, f"--out={tmp_path / 'b'}"], capture_output=True)
+    assert whole.returncode == 0
+    other = only_run(tmp_path / "b")
+    a, b = tensors(run), tensors(other)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    np.testing.assert_array_equal(np.load(run / "losses.npy"), np.load(other / "losses.npy"))
+
+
+def test_a_run_in_use_is_refused(tmp_path, capsys):
+    from fastgan.runlog import Run
+
+    assert train(tmp_path, "--kimg=0.04") == 0
+    run = only_run(tmp_path)
+    held = Run(run)
+    assert main(["train", f"--resume={run}", "--kimg=0.08"]) == 1
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    held.close()
+    assert main(["train", f"--resume={run}", "--kimg=0.08"]) == 0
+
+
+@pytest.mark.slow
+def test_the_step_keeps_up_with_the_reference_on_this_cpu():
+    """At least as fast as the eager reference in the same run, interleaved, medians."""
+    from equality import Case, as_reference, batches, make_step
+    from fastgan.reference import Reference
+
+    case = Case(64, 100, 64, 32)
+    step, reference = make_step(case), Reference(64, 100, 64)
+    (batch,) = batches(case, 1)
+    real = as_reference(batch, torch.float32)
+    times = {"step": [], "reference": []}
+    for _ in range(6):
+        for name, call in (("step", lambda: step(batch)), ("reference", lambda: reference.step(real))):
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: float(np.median(t[1:])) for name, t in times.items()}
+    assert medians["step"] <= medians["reference"], medians
