@@ -30,6 +30,7 @@ import safetensors.torch
 from torch import Tensor
 
 from . import console
+from .durable import flush_folder, write_flushed
 from .errors import RunError, UsageError
 
 FORMAT_VERSION = 1
@@ -82,16 +83,16 @@ def save(
             content = safetensors.torch.save(
                 {name: t.detach().cpu().contiguous() for name, t in parts[part].items()}
             )
-            _write_flushed(scratch / f"{part}.safetensors", content)
+            write_flushed(scratch / f"{part}.safetensors", content)
             files[part] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         record = {"format_version": FORMAT_VERSION, "images": images, **meta, "files": files}
-        _write_flushed(scratch / META, (json.dumps(record, indent=1) + "\n").encode())
-        _flush_folder(scratch)
+        write_flushed(scratch / META, (json.dumps(record, indent=1) + "\n").encode())
+        flush_folder(scratch)
         os.rename(scratch, final)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    _flush_folder(folder)
+    flush_folder(folder)
     return final
 
 
@@ -169,18 +170,3 @@ def _checked_bytes(path: Path, part: str, files: Mapping[str, Any]) -> bytes:
     if hashlib.sha256(content).hexdigest() != digest:
         raise RunError(f"checkpoint {path} is damaged: {name} does not have the recorded SHA-256")
     return content
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -129,7 +129,7 @@ def run(command: Any) -> int:
 
         return train(config, resume=command.resume)
     if isinstance(command, PrepareCommand):
-        from .data.cache import prepare
+        from .data.prepare import prepare
 
         prepare(command.source, command.size, out=command.out, root=command.cache, flag="SOURCE")
         return 0

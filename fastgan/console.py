@@ -27,6 +27,7 @@ def say(line: str) -> None:
     """Print one line to stdout and to the open logs."""
     _out.file = sys.stdout
     _out.print(line, markup=False)
+    sys.stdout.flush()  # a pipe would hold it back, and a Slurm log be empty for minutes
     _log(line)
 
 

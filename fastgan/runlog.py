@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from .config import TrainConfig, config_from, differences, to_plain
+from .durable import replace_file
 from .errors import RunError, UsageError
-from .stats import write_atomically
 
 fcntl: Any = None  # Windows has no flock: two runs in one folder are not told apart there
 with suppress(ImportError):
@@ -68,7 +68,7 @@ class Run:
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the run in one piece."""
-        write_atomically(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
+        replace_file(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
 
     def status(self, status: str, step: int, images: int) -> None:
         """Record where the run stands: running, done, preempted or failed."""

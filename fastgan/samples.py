@@ -73,7 +73,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write beside and rename, so that a viewer never meets half a picture."""
     scratch = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
-        picture.save(scratch)
+        picture.save(scratch, quality=92)  # of JPEG and WebP; PNG takes none
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

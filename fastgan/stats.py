@@ -4,8 +4,8 @@ a picture.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .durable import replace_file
 from .step import StepStats
 
 COLUMNS = ("step", "kimg", *StepStats._fields)  # of losses.npy
@@ -58,8 +59,8 @@ class StatsLog:
         if path.exists():
             self.rows = [row for row in _read_lines(path) if row["step"] <= up_to_step]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(path, text.encode())
-        write_atomically(folder / "losses.json", (json.dumps(list(COLUMNS)) + "\n").encode())
+        replace_file(path, text.encode())
+        replace_file(folder / "losses.json", (json.dumps(list(COLUMNS)) + "\n").encode())
         self._write_losses()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -75,10 +76,9 @@ class StatsLog:
         return np.array(table, np.float32).reshape(len(self.rows), len(COLUMNS))
 
     def _write_losses(self) -> None:
-        scratch = self.folder / "losses.npy.tmp"
-        with open(scratch, "wb") as file:
-            np.save(file, self.losses())
-        os.replace(scratch, self.folder / "losses.npy")
+        content = io.BytesIO()
+        np.save(content, self.losses())
+        replace_file(self.folder / "losses.npy", content.getvalue())
 
     def plot(self) -> None:
         """Draw losses.png: G and D loss above; D(x) and D(G(z)) below, with the line 0.5 where D
@@ -99,9 +99,9 @@ class StatsLog:
         for axes in (above, below):
             axes.legend(loc="upper right")
             axes.grid(alpha=0.3)
-        scratch = self.folder / "losses.tmp.png"
-        figure.savefig(scratch, dpi=100)
-        os.replace(scratch, self.folder / "losses.png")
+        content = io.BytesIO()
+        figure.savefig(content, dpi=100)
+        replace_file(self.folder / "losses.png", content.getvalue())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -112,10 +112,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # the line that a kill cut short; it is after every checkpoint
             break
     return rows
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file beside and rename it into place."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from fastgan_kernels import gather_u8
 from torch import Tensor, nn
+
+from fastgan_kernels import gather_u8
 
 from .config import PixelRange
 from .data.feed import Batch

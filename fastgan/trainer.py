@@ -16,8 +16,9 @@ import torch
 
 from . import __version__, checkpoint, console
 from .config import TrainConfig, differences, to_plain
-from .data.cache import Cache, prepare
+from .data.cache import Cache
 from .data.feed import ResidentFeed
+from .data.prepare import prepare
 from .env import amp_dtype, compile_line, environment, machine_line, pick_device
 from .errors import RunError, UsageError
 from .models import Discriminator, Generator, init_weights
@@ -130,6 +131,8 @@ class Trainer:
             random=self.random,
             pixel_range=config.pixel_range,
             amp_dtype=amp,
+            # two small passes stay in a CPU's caches: 140 img/s against 119 (width 64, batch 128)
+            one_pass=device.type == "cuda",
             compile=compiled,
         )
         self.stats = Accumulator(device)

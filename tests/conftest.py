@@ -1,7 +1,16 @@
-"""One seed for every test, and caches in a folder of their own."""
+"""One seed for every test, caches in a folder of their own, `gpu` tests skipped where there is
+none.
+"""
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(autouse=True)

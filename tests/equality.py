@@ -1,9 +1,10 @@
 """How the fast step is compared with the reference: same weights, same images, same latents.
 
-Weights after N float32 steps are no test: Adam's first steps are about lr * sign(gradient), and another
-order of summation flips enough signs that two right implementations differ by a quarter of the update.
-So float64 is compared after 20 steps, and everything else is compared step by step, each from the
-reference's own state ("teacher-forced"), in the gradients before Adam and in the running statistics.
+Weights after N float32 steps are no test: Adam's first steps are about lr * sign(gradient), and
+another order of summation flips enough signs that two right implementations differ by a quarter of
+the update. So float64 is compared after 20 steps, and everything else is compared step by step,
+each from the reference's own state ("teacher-forced"), in the gradients before Adam and in the
+running statistics.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from fastgan.data.feed import Batch
 from fastgan.models import Discriminator, Generator
 from fastgan.optim import MOMENTS, make_adam
 from fastgan.reference import Reference
 from fastgan.step import Step
-from torch import Tensor, nn
 
 STEPS = 20
 SEED = 7
@@ -42,23 +44,25 @@ def images(case: Case, count: int = 64) -> np.ndarray:
     return fine.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def batches(case: Case, steps: int = STEPS) -> Iterator[Batch]:
+def batches(case: Case, steps: int = STEPS, device: str = "cpu") -> Iterator[Batch]:
     """The same batches for both sides."""
-    everything = torch.from_numpy(images(case))
+    everything = torch.from_numpy(images(case)).to(device)
     random = np.random.default_rng(SEED + 1)
     for _ in range(steps):
         index = torch.from_numpy(random.integers(0, len(everything), case.batch))
-        yield Batch(everything, index)
+        yield Batch(everything, index.to(device))
 
 
 def as_reference(batch: Batch, dtype: torch.dtype) -> Tensor:
     """A batch as the tutorial's transforms give it: ToTensor, then Normalize(0.5, 0.5)."""
-    return ((batch.images[batch.index].to(dtype) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+    return (
+        ((batch.images[batch.index].to(dtype) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+    )
 
 
-def make_reference(case: Case) -> Reference:
+def make_reference(case: Case, device: torch.device) -> Reference:
     return Reference(
-        case.size, case.latent, case.width, seed=SEED, dtype=torch.float64
+        case.size, case.latent, case.width, seed=SEED, dtype=torch.float64, device=device
     )
 
 
@@ -71,11 +75,12 @@ def make_step(
     amp_dtype: torch.dtype | None = None,
     one_pass: bool = True,
     compile: bool = False,
+    device: str = "cpu",
 ) -> Step:
     """The fast step, its latents seeded as the reference's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    g = Generator(case.size, case.latent, case.width).to(dtype).to(memory_format=layout)
-    d = Discriminator(case.size, case.width).to(dtype).to(memory_format=layout)
+    g = Generator(case.size, case.latent, case.width).to(device, dtype).to(memory_format=layout)
+    d = Discriminator(case.size, case.width).to(device, dtype).to(memory_format=layout)
     return kind(
         g,
         d,
@@ -83,7 +88,7 @@ def make_step(
         make_adam(d, 2e-4, (0.5, 0.999)),
         None,
         batch=case.batch,
-        random=torch.Generator().manual_seed(SEED),
+        random=torch.Generator(device).manual_seed(SEED),
         amp_dtype=amp_dtype,
         one_pass=one_pass,
         compile=compile,
@@ -120,13 +125,13 @@ def relative(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
 
 def float64_distance(step: Step, case: Case) -> dict[str, float]:
     """After 20 float64 steps: L2(difference) / L2(update) of every weight and running statistic."""
-    reference = make_reference(case)
+    reference = make_reference(case, step.device)
     load(step, reference)
     sides = {"g": (step.generator, reference.netG), "d": (step.discriminator, reference.netD)}
     start = {
         f"{side}.{name}": t.clone() for side, pair in sides.items() for name, _, t in pairs(*pair)
     }
-    for batch in batches(case):
+    for batch in batches(case, device=step.device.type):
         step(batch)
         reference.step(as_reference(batch, torch.float64))
     return {
@@ -153,21 +158,24 @@ class Errors:
 def teacher_forced(step: Step, case: Case, steps: int = STEPS) -> Errors:
     """One step at a time from the reference's float64 state; what differs in each.
 
-    Kinds: `d_grad`, `g_grad`: L2(difference) / L2(gradient) over a network, as Adam gets the gradients;
-    `mean`, `var`: the largest difference of a running mean in running standard deviations, and of a
-    running variance relative to it; `loss`: of either loss.
+    Kinds: `d_grad`, `g_grad`: L2(difference) / L2(gradient) over a network, as Adam gets the
+    gradients; `mean`, `var`: the largest difference of a running mean in running standard
+    deviations, and of a running variance relative to it; `loss`: of either loss.
     """
-    reference = make_reference(case)
+    reference = make_reference(case, step.device)
     # torch draws other normals in float32 than in float64: ours are the reference's, rounded.
-    exact = torch.empty(step.latents.shape, dtype=torch.float64)
+    exact = torch.empty(step.latents.shape, dtype=torch.float64, device=step.device)
 
     def draw_latents() -> None:
         step.latents.copy_(exact.normal_(generator=step.random))
 
     step.draw_latents = draw_latents  # type: ignore[method-assign]
-    ours, theirs = _watch(step.adam_d, step.adam_g), _watch(reference.optimizerD, reference.optimizerG)
+    ours, theirs = (
+        _watch(step.adam_d, step.adam_g),
+        _watch(reference.optimizerD, reference.optimizerG),
+    )
     errors = Errors()
-    for batch in batches(case, steps):
+    for batch in batches(case, steps, step.device.type):
         load(step, reference)
         got = step(batch)
         expected = reference.step(as_reference(batch, torch.float64))
@@ -178,7 +186,10 @@ def teacher_forced(step: Step, case: Case, steps: int = STEPS) -> Errors:
             a = torch.cat([t.double().flatten() for t in mine]) / step.scaler.get_scale()
             b = torch.cat([t.double().flatten() for t in yours])
             errors.note(kind, relative(a, b, b), "all parameters")
-        for network, ref in ((step.generator, reference.netG), (step.discriminator, reference.netD)):
+        for network, ref in (
+            (step.generator, reference.netG),
+            (step.discriminator, reference.netD),
+        ):
             found = {name: (a, b) for name, a, b in pairs(network, ref)}
             for name, (a, b) in found.items():
                 if name.endswith("running_mean"):

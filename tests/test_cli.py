@@ -1,4 +1,6 @@
-"""The command line as a user meets it: messages, exit codes, files. No traceback for what can be mended."""
+"""The command line as a user meets it: messages, exit codes, files. No traceback for what can be
+mended.
+"""
 
 import csv
 import subprocess
@@ -8,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastgan.cli import main
 from PIL import Image
+
+from fastgan.cli import main
 
 TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
 
@@ -44,7 +47,9 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTGAN_CACHE", str(out / "cache"))
-        assert main(["train", "--data", "faces:32", *TINY, "--kimg", "0.08", "--out", str(out)]) == 0
+        assert (
+            main(["train", "--data", "faces:32", *TINY, "--kimg", "0.08", "--out", str(out)]) == 0
+        )
     (folder,) = out.glob("0*")
     return folder
 
@@ -76,8 +81,9 @@ def test_version():
 
 def test_wrong_flags_and_values(capsys, tmp_path):
     assert "Perhaps you meant: --batch" in refused(capsys, "train", "--batc", "3")
-    assert "--size must be 4, 5, 6 or 7 times a power of two, 32 to 256 (nearest: 96, 112), got " in (
-        refused(capsys, "train", "--size", "100")
+    assert (
+        "--size must be 4, 5, 6 or 7 times a power of two, 32 to 256 (nearest: 96, 112), got "
+        in (refused(capsys, "train", "--size", "100"))
     )
     assert "--batch must be greater than or equal to 2, got 0" in refused(
         capsys, "train", "--batch", "0"
@@ -153,7 +159,9 @@ def test_wrong_runs_to_sample(capsys, tmp_path, run):
     assert "give one of them" in refused(
         capsys, "sample", run, "--out", tmp_path / "a.png", "--each", tmp_path / "b"
     )
-    assert "--each must be a new or an empty folder" in refused(capsys, "sample", run, "--each", run)
+    assert "--each must be a new or an empty folder" in refused(
+        capsys, "sample", run, "--each", run
+    )
     assert "at most 4,096 for a grid" in refused(capsys, "sample", run, "--count", "5000")
 
 
@@ -261,7 +269,9 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
 
 
 def test_paths_that_are_not_utf8_are_named(capsys):
-    assert "--data must be valid UTF-8" in refused(capsys, "train", "--data", "a\udcff", "--dry-run")
+    assert "--data must be valid UTF-8" in refused(
+        capsys, "train", "--data", "a\udcff", "--dry-run"
+    )
 
 
 def test_the_package_is_light():

@@ -4,6 +4,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from fastgan.config import (
     BASES,
     SIZES,
@@ -17,9 +21,6 @@ from fastgan.config import (
     to_toml,
 )
 from fastgan.errors import UsageError
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 positive = st.floats(1e-6, 1e6)
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -53,7 +54,8 @@ def test_sizes_split_into_a_base_and_doublings(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "near"), [(100, "96, 112"), (31, "32, 40"), (500, "224, 256"), (65, "56, 64"), (-4, "32, 40")]
+    ("size", "near"),
+    [(100, "96, 112"), (31, "32, 40"), (500, "224, 256"), (65, "56, 64"), (-4, "32, 40")],
 )
 def test_another_size_names_the_nearest_two(size, near):
     with pytest.raises(ValidationError, match=rf"nearest: {near}\), got {size}"):
@@ -102,7 +104,9 @@ def test_shipped_recipes_are_valid(name):
 
 
 def test_a_missing_recipe_names_the_closest():
-    with pytest.raises(UsageError, match="one of quickstart.*got 'quikstart'; did you mean quickst"):
+    with pytest.raises(
+        UsageError, match="one of quickstart.*got 'quikstart'; did you mean quickst"
+    ):
         load_recipe("quikstart")
 
 

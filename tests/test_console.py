@@ -38,7 +38,9 @@ def test_on_a_terminal_the_bar_is_drawn_and_gone(monkeypatch):
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(console, "_out", console.Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(
+        console, "_out", console.Console(file=screen, force_terminal=True, width=100)
+    )
     with console.bar("training", 10) as bar:
         bar.update(5, "412 img/s")
         assert bar._rich is not None

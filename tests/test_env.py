@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastgan import env
 from fastgan.errors import UsageError
 
@@ -46,7 +47,9 @@ def test_amp_on_a_cpu_needs_native_bf16(monkeypatch):
     assert env.amp_dtype(cpu)[0] is None
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16)]
+)
 def test_amp_on_a_gpu_follows_the_card(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert env.amp_dtype(torch.device("cuda"))[0] == dtype

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fastgan.losses import d_non_saturating, g_non_saturating
 from torch import nn
+
+from fastgan.losses import d_non_saturating, g_non_saturating
 
 BCE = nn.BCELoss()
 

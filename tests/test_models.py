@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from fastgan.config import SIZES
 from fastgan.models import Discriminator, Generator, init_weights
 from fastgan.reference import make_discriminator, make_generator
-from torch import nn
 
 
 def parameters(network):
@@ -69,7 +70,8 @@ def test_initial_weights_follow_the_paper_and_the_seed():
     for module in g.modules():
         if isinstance(module, nn.ConvTranspose2d):
             n = module.weight.numel()
-            # the mean of n draws of N(0, 0.02) is within 5 standard errors, and so is their deviation
+            # the mean of n draws of N(0, 0.02) is within 5 standard errors, and so is their
+            # deviation
             assert abs(module.weight.mean()) < 5 * 0.02 / n**0.5
             assert abs(module.weight.std() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
         elif isinstance(module, nn.BatchNorm2d):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastgan.models import Generator
 from fastgan.optim import Ema, adam_tensors, copy_into, make_adam
 

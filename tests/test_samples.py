@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fastgan.checkpoint import find
 from fastgan.cli import main
 from fastgan.errors import RunError

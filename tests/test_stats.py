@@ -3,11 +3,19 @@
 import json
 
 import numpy as np
+
 from fastgan.stats import COLUMNS, StatsLog
 
 
 def row(step):
-    return {"step": step, "kimg": step / 10, "d_loss": 1.1, "g_loss": 0.1 + step, "d_real": 0.6, "d_fake": 0.4}
+    return {
+        "step": step,
+        "kimg": step / 10,
+        "d_loss": 1.1,
+        "g_loss": 0.1 + step,
+        "d_real": 0.6,
+        "d_fake": 0.4,
+    }
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path):
@@ -23,7 +31,9 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path):
     assert [line["step"] for line in lines] == [10, 20, 25]
     losses = np.load(tmp_path / "losses.npy", allow_pickle=False)
     assert json.loads((tmp_path / "losses.json").read_text()) == list(COLUMNS)
-    np.testing.assert_array_equal(losses[:, COLUMNS.index("g_loss")], np.float32([10.1, 20.1, 25.1]))
+    np.testing.assert_array_equal(
+        losses[:, COLUMNS.index("g_loss")], np.float32([10.1, 20.1, 25.1])
+    )
 
 
 def test_an_empty_log_has_an_empty_array_and_a_picture(tmp_path):

@@ -1,35 +1,43 @@
-"""The fast step equals the reference (DESIGN: three kinds of evidence), and planted mistakes do not."""
+"""The fast step equals the reference (DESIGN: three kinds of evidence), and planted mistakes do
+not.
+"""
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from equality import Case, Errors, batches, float64_distance, make_step, teacher_forced
 from fastgan import reference
 from fastgan.data.feed import Batch
 from fastgan.step import Step, StepStats
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-FLOAT64_TOLERANCE = 1e-9  # float64 rounding, 1e-16, times 20 steps of Adam's early sign-like updates
+FLOAT64_TOLERANCE = (
+    1e-9  # float64 rounding, 1e-16, times 20 steps of Adam's early sign-like updates
+)
 CASE = Case(size=32, latent=32, width=16, batch=16)
 
 
 def gradient_tolerance(roundoff: float) -> float:
     """How far a network's gradient may be off for roundings of relative size `roundoff`.
 
-    The roundings themselves are small beside what they do at the kinks of ReLU and LeakyReLU. After
-    batch norm a pre-activation is about N(0, 1), off by about 4 roundings (conv, input, norm, store); so a
-    share p = 2 * 0.4 * 4 * roundoff of the masks flips, each a wrong term of the gradient's own size: a
-    relative L2 error of sqrt(p) a layer, and the independent errors of up to 9 layers add in squares.
+    The roundings themselves are small beside what they do at the kinks of ReLU and LeakyReLU.
+    After batch norm a pre-activation is about N(0, 1), off by about 4 roundings (conv, input,
+    norm, store); so a share p = 2 * 0.4 * 4 * roundoff of the masks flips, each a wrong term of
+    the gradient's own size: a relative L2 error of sqrt(p) a layer, and the independent errors of
+    up to 9 layers add in squares.
     """
     return (9 * 2 * 0.4 * 4 * roundoff) ** 0.5
 
 
-# float32 sums of up to 1,024 terms, random signs: 2^-24 * sqrt(1024). In float32 one Adam sits between the
-# two gradients: D weights whose gradient is rounding noise step the other way, 2 * lr = 4e-4 beside
-# weights of 0.02: a relative change of 2%, for about one weight in a thousand: 6e-4 in L2.
+# float32 sums of up to 1,024 terms, random signs: 2^-24 * sqrt(1024). In float32 one Adam sits
+# between the two gradients: D weights whose gradient is rounding noise step the other way, 2 * lr
+# = 4e-4 beside weights of 0.02: a relative change of 2%, for about one weight in a thousand: 6e-4
+# in L2.
 FLOAT32 = {"d_grad": gradient_tolerance(2e-6), "g_grad": gradient_tolerance(6e-4)}
 FLOAT32 |= {"mean": 1.5e-4, "var": 1.5e-4, "batches": 0.0, "loss": 1e-3, "probability": 1e-4}
-# bf16 rounds to 2^-9, fp16 to 2^-12. The statistics move by 0.1 of a batch's error, three times a step.
+# bf16 rounds to 2^-9, fp16 to 2^-12. The statistics move by 0.1 of a batch's error, three times a
+# step.
 BF16 = {"d_grad": gradient_tolerance(2**-9), "g_grad": 1.5 * gradient_tolerance(2**-9)}
 BF16 |= {"mean": 5e-3, "var": 5e-3, "batches": 0.0, "loss": 5e-2, "probability": 2e-2}
 FP16 = {"d_grad": gradient_tolerance(2**-12), "g_grad": 2 * gradient_tolerance(2**-12)}
@@ -167,7 +175,9 @@ def test_a_step_overflowing_in_fp16_changes_no_weight_and_lowers_the_scale():
 
 
 class Syncs(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: reading a value back, or copying between devices."""
+    """Counts what would make the host wait for a GPU: reading a value back, or copying between
+    devices.
+    """
 
     def __init__(self):
         super().__init__()
@@ -225,3 +235,35 @@ def test_the_discriminator_sees_the_configured_pixel_range(pixel_range):
     real = seen[0][: CASE.batch]
     assert real[1].unique().tolist() == [pixel_range[0]]
     assert real[0].unique().tolist() == [pixel_range[1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [*RIGHT.values(), {"compile": True}], ids=[*RIGHT, "compiled"])
+def test_on_a_gpu_float64_equals_the_reference_after_20_steps(how):
+    step = make_step(CASE, torch.float64, device="cuda", **how)
+    off = float64_distance(step, CASE)
+    assert max(off.values()) <= FLOAT64_TOLERANCE, max(off, key=off.__getitem__)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [*RIGHT.values(), {"compile": True}], ids=[*RIGHT, "compiled"])
+@pytest.mark.parametrize(
+    ("amp_dtype", "limits"), [(None, FLOAT32), (torch.bfloat16, BF16)], ids=["fp32", "bf16"]
+)
+def test_on_a_gpu_the_step_equals_the_reference_step_by_step(how, amp_dtype, limits, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    step = make_step(CASE, amp_dtype=amp_dtype, device="cuda", **how)
+    within(teacher_forced(step, CASE), limits)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_step_makes_the_host_wait():
+    step = make_step(CASE, amp_dtype=torch.bfloat16, device="cuda")
+    first, *rest = batches(CASE, 4, "cuda")
+    step(first)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in rest:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,6 @@
-"""Whole runs, small: what a run folder holds, and that a stopped run goes on as if it had not been."""
+"""Whole runs, small: what a run folder holds, and that a stopped run goes on as if it had not
+been.
+"""
 
 import json
 import os
@@ -10,12 +12,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from fastgan import checkpoint
 from fastgan.cli import main
 from fastgan.config import TrainConfig
-from fastgan.data.cache import prepare
+from fastgan.data.prepare import prepare
 from fastgan.trainer import Trainer
-from PIL import Image
 
 TINY = {"size": 32, "width": 4, "latent": 8, "batch": 8, "grid": 4, "data": "faces:20"}
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
@@ -48,7 +51,9 @@ def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
     assert [row["kimg"] for row in rows] == [0.08, 0.16, 0.24, 0.32, 0.4]
     for row in rows:
         assert row["img_per_s"] > 0 and row["seconds"]["train"] > 0
-        assert 0 < row["d_real"] < 1 and 0 < row["d_fake"] < 1 and row["epoch"] == row["step"] * 8 / 20
+        assert (
+            0 < row["d_real"] < 1 and 0 < row["d_fake"] < 1 and row["epoch"] == row["step"] * 8 / 20
+        )
     columns = json.loads((run / "losses.json").read_text())
     losses = np.load(run / "losses.npy", allow_pickle=False)
     assert losses.dtype == np.float32 and losses.shape == (5, len(columns))
@@ -57,7 +62,12 @@ def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
     )
     assert Image.open(run / "losses.png").size == (800, 600)
     names = sorted(p.name for p in (run / "samples").iterdir())
-    assert names == ["fake-000000.000kimg.png", "fake-000000.200kimg.png", "fake-000000.400kimg.png", "real.png"]
+    assert names == [
+        "fake-000000.000kimg.png",
+        "fake-000000.200kimg.png",
+        "fake-000000.400kimg.png",
+        "real.png",
+    ]
     log = (run / "log.txt").read_text()
     assert "precision  float32" in log and "20 images of 32 px" in log and "done: 0.4 kimg" in log
     assert log in capsys.readouterr().out  # the log is what the user saw
@@ -180,7 +190,7 @@ def test_a_full_disk_ends_the_run_with_a_word(tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastgan.checkpoint._write_flushed", full)
+    monkeypatch.setattr("fastgan.checkpoint.write_flushed", full)
     assert train(tmp_path, "--kimg=0.08") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list((only_run(tmp_path) / "checkpoints").iterdir()) == []  # nothing half-written
@@ -188,10 +198,20 @@ def test_a_full_disk_ends_the_run_with_a_word(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
-    flags = [*FLAGS, "--device=cpu", "--kimg=2", "--tick-kimg=0.04", "--save-kimg=9", "--sample-kimg=9"]
+    flags = [
+        *FLAGS,
+        "--device=cpu",
+        "--kimg=2",
+        "--tick-kimg=0.04",
+        "--save-kimg=9",
+        "--sample-kimg=9",
+    ]
     command = [sys.executable, "-m", "fastgan", "train", *flags]
     child = subprocess.Popen(
-        [*command, f"--out={tmp_path / 'a'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, f"--out={tmp_path / 'a'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((tmp_path / "a").glob("0*/losses.npy")):
@@ -238,7 +258,10 @@ def test_the_step_keeps_up_with_the_reference_on_this_cpu():
     real = as_reference(batch, torch.float32)
     times = {"step": [], "reference": []}
     for _ in range(6):
-        for name, call in (("step", lambda: step(batch)), ("reference", lambda: reference.step(real))):
+        for name, call in (
+            ("step", lambda: step(batch)),
+            ("reference", lambda: reference.step(real)),
+        ):
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

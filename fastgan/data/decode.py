@@ -16,20 +16,16 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
-import sys
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TextIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..env import cores
 from ..errors import RunError
+from .quiet import quiet
 
 CROP = "center"
 FILTER = "triangular"
@@ -81,7 +77,7 @@ class Decoder:
         be counted. One bad file changes nothing in the others. May be called from several threads,
         which then take turns.
         """
-        with _quiet():
+        with quiet():
             return self._decode(blobs)
 
     def _decode(self, blobs: Sequence[bytes]) -> list[np.ndarray | str]:
@@ -120,7 +116,7 @@ class PillowDecoder(Decoder):
         super().__init__(size, name, why)
         Image.init()  # here, because the plugins are not to be imported by several threads at once
         self._formats = tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
-        self._threads = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="pillow")
+        self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="pillow")
 
     def _decode(self, blobs: Sequence[bytes]) -> list[np.ndarray | str]:
         if len(blobs) == 1:
@@ -186,7 +182,7 @@ class DaliDecoder(Decoder):
             raise Unavailable(f"no {name}: DALI cannot be imported ({error})") from error
         self._ndd, self._types, self._codec = ndd, types, nvimgcodec
         self._pillow = PillowDecoder(size)
-        ndd.set_num_threads(usable_cpus())
+        ndd.set_num_threads(cores())
         self._probe()
 
     def _probe(self) -> None:
@@ -194,7 +190,7 @@ class DaliDecoder(Decoder):
         Image.new("RGB", (24, 16), (200, 60, 30)).save(file, "JPEG")
         expected = self._pillow._one(file.getvalue())
         try:
-            with _quiet():
+            with quiet():
                 got = self._batch([file.getvalue()])[0]
         except Exception as error:  # whatever a driver, a library or a version may raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -323,56 +319,3 @@ def _orientation(image: Image.Image) -> int:
         Exception
     ):  # a damaged EXIF block, in as many ways as there are; the picture may be sound
         return 1
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on; a batch system often grants fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-# File descriptor 2 belongs to the whole process: one thread at a time may turn it away.
-_stderr_turn = threading.Lock()
-_stderr_spare: TextIO | None = None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Throw away what C libraries print on file descriptor 2, and Python's warnings.
-
-    sys.stderr itself goes on to where it went, so that other threads can still warn.
-    """
-    global _stderr_spare
-    with _stderr_turn, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if _stderr_spare is None:
-                # kept open for good, because another thread may still hold it when the block ends
-                copy = os.dup(2)
-                _stderr_spare = os.fdopen(copy, "w", 1, errors="backslashreplace", closefd=False)
-            spare = _stderr_spare
-            os.dup2(2, spare.fileno(), inheritable=False)
-        except OSError:  # closed from the start: nothing can leak
-            yield
-            return
-        python = sys.stderr
-        try:
-            if python is not None and _is_fd_2(python):
-                python.flush()
-                sys.stderr = spare
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 2)
-            os.close(null)
-            yield
-        finally:
-            os.dup2(spare.fileno(), 2)
-            if sys.stderr is spare:
-                sys.stderr = python
-
-
-def _is_fd_2(stream: TextIO) -> bool:
-    try:
-        return stream.fileno() == 2
-    except (OSError, ValueError):  # replaced by something without a descriptor, as in a notebook
-        return False

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fastgan_kernels import BatchNormAct2d
 from torch import Tensor, nn
+
+from fastgan_kernels import BatchNormAct2d
 
 from ..config import PixelRange, split_size
 

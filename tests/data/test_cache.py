@@ -9,20 +9,22 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import cache, decode, faces
-from fastgan.data.cache import open_cache, prepare
+from fastgan.data import build, decode, faces
+from fastgan.data.cache import open_cache
+from fastgan.data.prepare import default_root, prepare
 from fastgan.errors import RunError, UsageError
 
 
 @pytest.fixture(autouse=True)
 def by_pillow(monkeypatch):
     """The cache is the same with every decoder; Pillow starts at once."""
-    monkeypatch.setattr(cache, "open_decoder", lambda size: decode.open_decoder(size, "pillow"))
+    monkeypatch.setattr(build, "open_decoder", lambda size: decode.open_decoder(size, "pillow"))
 
 
 def save(path, colour, size=16):
@@ -91,8 +93,8 @@ def test_rows_follow_the_names_and_say_where_they_are_from(folder, tmp_path, cap
 
 
 def test_batches_of_any_size_and_many_kinds_of_damage(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cache, "BATCH", 3)
-    monkeypatch.setattr(cache, "BATCH_BYTES", 200)  # the files have about 75
+    monkeypatch.setattr(build, "BATCH", 3)
+    monkeypatch.setattr(build, "BATCH_BYTES", 200)  # the files have about 75
     for i in range(10, 40):
         path = save(folder / f"{i}.png", colour=i)
         if i % 6 == 0:
@@ -100,7 +102,7 @@ def test_batches_of_any_size_and_many_kinds_of_damage(folder, tmp_path, capsys, 
     (folder / "a.jpg").write_bytes(b"text")
     (folder / "b.jpg").write_bytes(b"\xff\xd8\xff")
     (folder / "c.jpg").symlink_to(tmp_path / "nothing")
-    monkeypatch.setattr(cache, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(build, "MAX_FILE_BYTES", 1000)
     (folder / "d.jpg").write_bytes(bytes(1001))
     made = prepare(str(folder), 8, out=tmp_path / "cache")
     named = [int(row["name"][:-4]) for row in lines(made.path / "files.jsonl")]
@@ -122,7 +124,7 @@ def test_nothing_decodable_is_an_error_and_leaves_nothing(folder, tmp_path):
 
 
 def test_drawn_faces(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache, "FACES_CHUNK", 3)
+    monkeypatch.setattr(build, "FACES_CHUNK", 3)
     made = prepare("faces:7", 16, root=tmp_path)
     assert made.path == tmp_path / "faces-7-16px"
     assert np.array_equal(made.images, faces.draw_faces(7, 16, seed=0))
@@ -141,7 +143,7 @@ def test_malformed_faces(source, tmp_path):
 
 
 def test_the_decoder_chosen_for_this_machine(folder, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(cache, "open_decoder", decode.open_decoder)
+    monkeypatch.setattr(build, "open_decoder", decode.open_decoder)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:50])
     made = prepare(str(folder), 8, out=tmp_path / "cache")
     assert colours(made.images) == [0, 20, 30, 40]
@@ -157,7 +159,7 @@ def test_the_decoder_chosen_for_this_machine(folder, tmp_path, capfd, monkeypatc
 
 def test_an_unchanged_folder_is_not_decoded_again(folder, tmp_path, monkeypatch, capsys):
     first = prepare(str(folder), 8, root=tmp_path / "root")
-    monkeypatch.setattr(cache, "open_decoder", None)
+    monkeypatch.setattr(build, "open_decoder", None)
     monkeypatch.chdir(folder)
     again = prepare(".", 8, root=tmp_path / "root")
     assert again.path == first.path and colours(again.images) == colours(first.images)
@@ -248,9 +250,9 @@ def test_the_usual_place(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTGAN_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache.default_root() == tmp_path / "home" / ".cache" / "fastgan"
+    assert default_root() == tmp_path / "home" / ".cache" / "fastgan"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.default_root() == tmp_path / "xdg" / "fastgan"
+    assert default_root() == tmp_path / "xdg" / "fastgan"
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / "own"))
     named = folder.rename(tmp_path / "Größe & co")
     first = prepare(str(named), 8)
@@ -319,7 +321,7 @@ def test_places_that_cannot_be_written(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--cache: cannot make the cache .*file.png is a file"):
         prepare(str(folder), 8, root=file / "below")
     with pytest.raises(UsageError, match="--cache: cannot write the cache /proc/"):
-        prepare(str(folder), 8, root=cache.Path("/proc/nowhere"))
+        prepare(str(folder), 8, root=Path("/proc/nowhere"))
     empty, link = tmp_path / "empty", tmp_path / "link"
     empty.mkdir()
     link.symlink_to(empty)
@@ -338,7 +340,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_old_cache(
     prepare(str(folder), 8, out=path)
     before = tree(path)
     save(folder / "9.png", 90)
-    monkeypatch.setattr(cache, "BATCH", 2)
+    monkeypatch.setattr(build, "BATCH", 2)
     decoded = decode.PillowDecoder.decode
 
     def fail_in_the_middle(self, blobs):
@@ -363,16 +365,17 @@ def test_an_interrupted_build_leaves_nothing_and_the_old_cache(
 BUILD = """
     import sys, time
     from pathlib import Path
-    from fastgan.data import cache, decode
-    cache.open_decoder = lambda size: decode.open_decoder(size, "pillow")
-    cache.BATCH = 1
+    from fastgan.data import build, decode
+    from fastgan.data.prepare import prepare
+    build.open_decoder = lambda size: decode.open_decoder(size, "pillow")
+    build.BATCH = 1
     decode_one = decode.PillowDecoder.decode
     def slowly(self, blobs):
         print("decoding", flush=True)
         time.sleep(float(sys.argv[3]))
         return decode_one(self, blobs)
     decode.PillowDecoder.decode = slowly
-    cache.prepare(sys.argv[1], 8, out=Path(sys.argv[2]))
+    prepare(sys.argv[1], 8, out=Path(sys.argv[2]))
 """
 
 
@@ -383,15 +386,15 @@ def start_build(folder, path, pause):
 
 def test_a_killed_build_is_swept_by_the_next(folder, tmp_path):
     path = tmp_path / "cache"
-    with start_build(folder, path, 0.3) as build:
-        while "decoding" not in build.stdout.readline():
-            assert build.poll() is None
-        build.stdout.readline()  # the second file is under way
-        build.send_signal(signal.SIGKILL)
+    with start_build(folder, path, 0.3) as child:
+        while "decoding" not in child.stdout.readline():
+            assert child.poll() is None
+        child.stdout.readline()  # the second file is under way
+        child.send_signal(signal.SIGKILL)
     host = socket.gethostname()
-    left = f".cache.building-{host}-{build.pid}"
+    left = f".cache.building-{host}-{child.pid}"
     assert left in os.listdir(tmp_path) and not path.exists()
-    elsewhere = tmp_path / f".cache.building-elsewhere-{build.pid}"
+    elsewhere = tmp_path / f".cache.building-elsewhere-{child.pid}"
     alive = tmp_path / f".cache.building-{host}-{os.getppid()}"
     for other in (elsewhere, alive):
         other.mkdir()
@@ -405,20 +408,20 @@ def test_two_processes_build_the_same_cache_at_once(folder, tmp_path):
     builds = [start_build(folder, path, pause) for pause in (0.15, 0.2)]
     began = time.monotonic()
     together = 0
-    while any(build.poll() is None for build in builds) and time.monotonic() - began < 60:
+    while any(child.poll() is None for child in builds) and time.monotonic() - began < 60:
         together = max(together, len(list(tmp_path.glob(".cache.building-*"))))
         time.sleep(0.01)
-    assert [build.wait() for build in builds] == [0, 0] and together == 2
-    for build in builds:
-        assert "cache: 5 images of 8 px" in build.stdout.read()
-        build.stdout.close()
+    assert [child.wait() for child in builds] == [0, 0] and together == 2
+    for child in builds:
+        assert "cache: 5 images of 8 px" in child.stdout.read()
+        child.stdout.close()
     assert colours(open_cache(path).images) == [0, 10, 20, 30, 40]
     assert sorted(os.listdir(tmp_path)) == ["cache", "faces"]
 
 
 def install(building, path, fingerprint, barrier):
     barrier.wait()
-    cache._install(building, path, fingerprint)
+    build._install(building, path, fingerprint)
 
 
 def test_many_finish_at_the_same_moment(folder, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.data import faces
+from fastgan.data import face_paint, faces
 from fastgan.data.faces import FACTOR_NAMES, FACTORS, draw_faces, factors, render
 
 
@@ -195,7 +195,7 @@ def test_a_part_is_painted_in_full_inside_its_window(monkeypatch: pytest.MonkeyP
     small = [render(rows, size) for size in (16, 24)]
     monkeypatch.setattr(faces, "_TILE_IMAGES", 64)
     monkeypatch.setattr(
-        faces._Tile,
+        face_paint.Tile,
         "_window",
         lambda tile, *_: (slice(0, tile.last - tile.first), slice(0, tile.size)),
     )

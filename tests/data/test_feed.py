@@ -129,7 +129,6 @@ def test_a_set_too_large_for_the_gpu_is_refused_with_the_arithmetic(monkeypatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_set_is_uploaded_whole_in_pieces(monkeypatch):
     monkeypatch.setattr(feed, "UPLOAD_BYTES", 100)  # 8 images of 12 bytes at a time
     resident = ResidentFeed(numbered(50), 16, 3, "cuda")

@@ -1,16 +1,23 @@
-"""bn_act: the definition against nn.BatchNorm2d in float64, every implementation against the definition."""
+"""bn_act: the definition against nn.BatchNorm2d in float64, every implementation against the
+definition.
+"""
 
 import pytest
 import torch
-from fastgan_kernels import BatchNormAct2d, bn_act
 from torch import nn
+
+from fastgan_kernels import BatchNormAct2d, bn_act
 
 ACTS = {"relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(0.2), "none": nn.Identity()}
 SHAPES = [(8, 16, 4, 4), (4, 3, 7, 9), (4, 1, 1, 1), (6, 100, 1, 1), (12, 5, 3, 2)]
 
-# float32: sums of n terms by blocks lose about 2^-24 * log2(n) relative to the largest term, three times
-# (mean, variance, backward sums); outputs and gradients of N(0, 1) data reach about 5.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5 * 3 * 10 * 2**-24, torch.bfloat16: 5 * 3 * 2**-9}
+# float32: sums of n terms by blocks lose about 2^-24 * log2(n) relative to the largest term, three
+# times (mean, variance, backward sums); outputs and gradients of N(0, 1) data reach about 5.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 5 * 3 * 10 * 2**-24,
+    torch.bfloat16: 5 * 3 * 2**-9,
+}
 
 
 def inputs(shape, dtype, channels_last=True):
@@ -68,8 +75,8 @@ def assert_close(ours, theirs, tolerance):
 def test_float64_equals_one_batchnorm_call_a_group(impl, act, shape, groups):
     x, parameters, grad = inputs(shape, torch.float64)
     ours = run(x, parameters, grad, impl=impl, act=act, groups=groups)
-    # of two values a channel the gradient of x is what is left after everything cancels: up to 1e-16
-    # times the inverse of eps = 1e-5, squared
+    # of two values a channel the gradient of x is what is left after everything cancels: up to
+    # 1e-16 times the inverse of eps = 1e-5, squared
     assert_close(ours, torch_modules(x, parameters, grad, act, groups), 1e-7)
 
 
@@ -119,7 +126,9 @@ def test_a_large_mean_does_not_cancel_the_variance():
     x, parameters, grad = inputs((32, 8, 8, 8), torch.float32)
     ours = run(x + 60, parameters, grad, impl="torch", act="none")  # 30 sigma
     theirs = torch_modules(x + 60, parameters, grad, "none", 1)
-    assert_close(ours, theirs, 30 * TOLERANCE[torch.float32])  # the mean's own rounding, 30 sigma large
+    assert_close(
+        ours, theirs, 30 * TOLERANCE[torch.float32]
+    )  # the mean's own rounding, 30 sigma large
 
 
 @pytest.mark.parametrize("impl", ["ref", "torch"])

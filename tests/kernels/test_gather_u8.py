@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastgan_kernels import gather_u8
 
 IMAGES = torch.randint(0, 256, (20, 6, 6, 3), dtype=torch.uint8)
@@ -12,7 +13,12 @@ INDEX = torch.tensor([3, 3, 19, 0, 7])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # one rounding of a value up to 1, after three float32 ones
-    [(torch.float64, 1e-15), (torch.float32, 4 * 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)],
+    [
+        (torch.float64, 1e-15),
+        (torch.float32, 4 * 2**-24),
+        (torch.bfloat16, 2**-8),
+        (torch.float16, 2**-11),
+    ],
 )
 @pytest.mark.parametrize("flips", [None, [True, False, False, True, True]])
 def test_values_layout_and_flip(value_range, dtype, tolerance, flips):
