@@ -50,13 +50,14 @@ class Checkpoint:
     path: Path
     meta: dict[str, Any]
 
-    def tensors(self, part: str, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors of "model", "optim" or "state" whose names begin with `prefix`, without it;
-        on the CPU.
-        """
-        content = _checked_bytes(self.path, part, self.meta["files"])
-        found = safetensors.torch.load(content)
-        return {k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)}
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of "model", "optim" or "state" by name, on the CPU."""
+        return safetensors.torch.load(_checked_bytes(self.path, part, self.meta["files"]))
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def save(
@@ -147,7 +148,27 @@ def find(path: Path) -> Checkpoint:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [p for p in (run / "checkpoints").glob("[0-9]*kimg") if p.is_dir()]
-    return sorted(found, key=lambda p: Decimal(p.name.removesuffix("kimg")))
+    return sorted(found, key=_kimg)
+
+
+def _kimg(path: Path) -> Decimal:
+    return Decimal(path.name.removesuffix("kimg"))
+
+
+def set_aside_newer(run: Path, images: int) -> list[Path]:
+    """Move checkpoints of more than `images` into checkpoints/set-aside, and say where they are.
+
+    A run that goes on from an earlier point (by choice, or because the newest were damaged) comes
+    by their names again, with other contents.
+    """
+    aside = run / "checkpoints" / "set-aside"
+    moved = []
+    for path in checkpoints(run):
+        if _kimg(path) * 1000 > images:
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / path.name, ignore_errors=True)  # set aside once before
+            moved.append(path.rename(aside / path.name))
+    return moved
 
 
 def prune(run: Path, keep: int) -> None:

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -26,6 +27,7 @@ from .config import (
     to_toml,
 )
 from .errors import RunError, UsageError
+from .signals import Terminated, terminable
 
 VERBS: dict[str, type] = {
     "train": TrainCommand,
@@ -46,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args in (["--version"], ["-V"]):
             print(f"fastgan {__version__}")
             return 0
-        command = parse(args)
-        return run(command)
+        with terminable():
+            code = run(parse(args))
+        sys.stdout.flush()  # here, where a reader that has gone away is dealt with
+        return code
     except UsageError as error:
         print(f"fastgan: {error}", file=sys.stderr)
         return 2
@@ -57,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastgan: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("fastgan: terminated", file=sys.stderr)
+        return 143
     except BrokenPipeError:
         # The reader of our stdout has gone (`fastgan info | head -1`): no traceback, and none at
         # exit.
@@ -101,9 +108,11 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
     except argparse.ArgumentError:  # a flag without its value: tyro says it better
         return TrainConfig()
     if given.resume and given.resume != "auto":
-        from .runlog import load_config
+        if given.recipe:
+            raise UsageError("--recipe does not go with --resume RUN: the run has a configuration")
+        from .resume import load_config
 
-        base = load_config(given.resume)
+        base = load_config(Path(given.resume))
     elif given.recipe:
         base = load_recipe(given.recipe)
     elif given.data is None:
@@ -145,7 +154,11 @@ def run(command: Any) -> int:
         folder = empty_folder(command.out, "--out")
         write_faces(folder, command.count, command.size, command.seed)
         return 0
-    from .env import info
+    from .data.decode import open_decoder
+    from .env import info, version_of
 
-    print(info())
+    decoder = open_decoder(64)
+    dali = version_of("nvidia-dali-cuda120")
+    why = f"; {decoder.why}" if decoder.why else ""
+    print(info(f"{decoder.name} (DALI {dali or 'not installed'}{why})"))
     return 0

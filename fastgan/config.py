@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -102,9 +103,9 @@ class TrainConfig(Options):
     """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
     batch: int = Field(128, ge=2, le=65536)
     """Images a step."""
-    kimg: Annotated[Kimg, Field(gt=0)] = None
+    kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Length of the run in thousands of images (default: 1000)."""
-    epochs: Annotated[Kimg, Field(gt=0)] = None
+    epochs: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Length of the run in passes over the set, instead of --kimg."""
     amp: bool = False
     """Mixed precision: bf16 (fp16 on cards before sm_80); weights, statistics and Adam stay
@@ -130,19 +131,19 @@ class TrainConfig(Options):
     """Adam's beta1."""
     beta2: float = Field(0.999, ge=0, lt=1)
     """Adam's beta2."""
-    ema_kimg: float = Field(10.0, ge=0)
-    """Half-life of the averaged generator in thousands of images (at most 5% of what was seen; 0:
-    no average).
+    ema_kimg: float = Field(10.0, ge=0, le=1e9)
+    """Half-life of the averaged generator in thousands of images (at most 5% of what was seen;
+    0: the generator as it is).
     """
     out: Path = Path("runs")
     """Folder of the run folders."""
     cache: OptionalPath = None
     """Folder of the decoded sets (default: $FASTGAN_CACHE, else the user's cache folder)."""
-    tick_kimg: Annotated[Kimg, Field(gt=0)] = None
+    tick_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two lines of statistics (default: a hundredth of the run)."""
-    sample_kimg: Annotated[Kimg, Field(gt=0)] = None
+    sample_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two sample grids (default: a twentieth of the run)."""
-    save_kimg: Annotated[Kimg, Field(gt=0)] = None
+    save_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two checkpoints (default: a quarter of the run)."""
     keep: int = Field(3, ge=2)
     """How many checkpoints stay; older ones are deleted."""
@@ -253,7 +254,7 @@ def load_recipe(name: str) -> TrainConfig:
     """
     if name in recipe_names():
         text = (resources.files("fastgan") / "recipes" / f"{name}.toml").read_text("utf-8")
-    elif Path(name).is_file():
+    elif os.path.isfile(name):
         try:
             text = Path(name).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:

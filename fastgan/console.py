@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(highlight=False, soft_wrap=True, stderr=True)
+_out = Console(highlight=False, soft_wrap=True, emoji=False)
+_err = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
 _logs: list[TextIO] = []
 
 

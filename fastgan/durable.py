@@ -11,7 +11,7 @@ from typing import IO, Any
 def replace_file(path: Path, content: bytes) -> None:
     """Give `path` new content in one piece: written beside, then renamed over it."""
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_bytes(content)
+    write_flushed(scratch, content)
     os.replace(scratch, path)
 
 

@@ -20,6 +20,8 @@ from . import __version__
 from .config import recipe_names
 from .errors import UsageError
 
+HEADERS = "Python's headers (python3-dev)"
+
 
 def pick_device(name: str) -> torch.device:
     """The device that `--device` names; "auto" is the GPU where torch can use one."""
@@ -71,13 +73,21 @@ def amp_dtype(device: torch.device) -> tuple[torch.dtype | None, str]:
     return None, "float32: --amp changes nothing on this CPU, which has no bf16 arithmetic"
 
 
+def full_line(device: torch.device) -> str:
+    """What is computed in without `--amp`."""
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return "float32, convolutions in TF32 where the card has it (PyTorch's default)"
+    return "float32"
+
+
 def compile_line(device: torch.device) -> tuple[bool, str]:
     """Whether `--compile` can compile on `device`, and a line that says what it does."""
     if device.type == "cuda":
         lack = missing_for_triton()
         return not lack, "both networks by torch.compile" if not lack else f"off: needs {lack}"
-    if not cxx_compiler():
-        return False, "off: torch.compile on a CPU needs a C++ compiler (g++)"
+    lack = _missing(("a C++ compiler (g++)", cxx_compiler()), (HEADERS, python_headers()))
+    if lack:
+        return False, f"off: torch.compile on a CPU needs {lack}"
     return (
         True,
         "both networks by torch.compile's C++ backend (on a CPU seldom faster than without)",
@@ -128,14 +138,15 @@ def python_headers() -> bool:
 
 def missing_for_triton() -> str:
     """What Triton's first launch would fail for, or ""; it builds its launcher in C."""
-    lack = []
-    if version_of("triton") is None:
-        lack.append("triton")
-    if not c_compiler():
-        lack.append("a C compiler (gcc)")
-    if not python_headers():
-        lack.append("Python's headers (python3-dev)")
-    return " and ".join(lack)
+    return _missing(
+        ("triton", version_of("triton")),
+        ("a C compiler (gcc)", c_compiler()),
+        (HEADERS, python_headers()),
+    )
+
+
+def _missing(*needs: tuple[str, object]) -> str:
+    return " and ".join(name for name, found in needs if not found)
 
 
 def version_of(package: str) -> str | None:
@@ -204,12 +215,11 @@ def machine_line(device: torch.device) -> str:
     return f"CPU ({cpu_name()}, {cores()} cores)"
 
 
-def info() -> str:
+def info(decoder: str) -> str:
     """What `fastgan info` prints: machine, versions, each fast path with what it lacks, the
     recipes.
     """
     device = pick_device("auto")
-    dali = version_of("nvidia-dali-cuda120")
     lack = missing_for_triton()
     triton_line = (
         f"lacks {lack}"
@@ -226,7 +236,7 @@ def info() -> str:
         ("--compile", compile_line(device)[1]),
         ("Triton", triton_line),
         ("C++ compiler", cxx_compiler() or "none found: --compile on a CPU needs one"),
-        ("DALI", dali or "not installed: Pillow decodes (slower)"),
+        ("decoder", decoder),
         ("recipes", ", ".join(recipe_names())),
     ]
     return "\n".join(f"{name:<13} {value}" for name, value in rows)

@@ -27,7 +27,9 @@ def make_adam(
     lr_tensor = torch.tensor(lr, dtype=torch.float64, device="cpu").to(
         params[0].device, torch.promote_types(params[0].dtype, torch.float32)
     )
-    adam = torch.optim.Adam(params, lr=lr_tensor, betas=betas, eps=eps, fused=True)
+    adam = torch.optim.Adam(
+        params, lr=lr_tensor, betas=betas, eps=eps, fused=True, capturable=params[0].is_cuda
+    )
     for p in params:
         adam.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from .errors import UsageError
@@ -13,20 +14,29 @@ def check_folder(path: Path, flag: str) -> None:
     way.
     """
     place = path.absolute()
-    while not place.exists():
+    while not os.path.lexists(place):
         place = place.parent
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise UsageError(
-            f"{flag} must be a folder, or a path where one can be made: {place} is a file"
+            f"{flag} must be a folder, or a path where one can be made: {place} is "
+            f"{'a link to nothing' if place.is_symlink() else 'a file'}"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"{flag} must be writable: {place} is not")
 
 
+def make_folder(path: Path, flag: str) -> None:
+    """Make `path` a folder, if it is none yet."""
+    check_folder(path, flag)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag}: {path} cannot be made: {error.strerror}") from None
+
+
 def empty_folder(path: Path, flag: str) -> Path:
     """`path` as a folder that holds nothing yet, made if need be."""
-    check_folder(path, flag)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, flag)
     if any(path.iterdir()):
         raise UsageError(f"{flag} must be a new or an empty folder: {path} holds files")
     return path
@@ -38,6 +48,10 @@ def picture_file(path: Path, suffixes: tuple[str, ...], flag: str) -> Path:
         raise UsageError(f"{flag} must end in {', '.join(suffixes)}, got {path}")
     if path.is_dir():
         raise UsageError(f"{flag} must be a file, got the folder {path}")
-    check_folder(path.parent, flag)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, flag)
     return path
+
+
+def slug(name: str, otherwise: str) -> str:
+    """`name` in small letters, digits and hyphens, 40 at the most; `otherwise` if none are left."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or otherwise

@@ -1,4 +1,4 @@
-"""The run folder: its name, configuration, environment, status, lock and log.
+"""The run folder: its name, its small JSON files, and the lock that keeps it to one process.
 
 runs/00003-faces-64px-b128-s999/
   config.json  env.json  run.json  run.lock  log.txt
@@ -16,16 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from .config import TrainConfig, config_from, differences, to_plain
+from . import console
+from .config import TrainConfig
 from .durable import replace_file
-from .errors import RunError, UsageError
+from .errors import RunError
+from .paths import make_folder, slug
 
 fcntl: Any = None  # Windows has no flock: two runs in one folder are not told apart there
 with suppress(ImportError):
     fcntl = importlib.import_module("fcntl")
-
-# What may differ between a run and the command that continues it by `--resume auto`.
-FREE = {"kimg", "epochs", "device", "out", "cache", "tick_kimg", "sample_kimg", "save_kimg", "keep"}
 
 
 class Run:
@@ -38,11 +37,14 @@ class Run:
             return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
             raise RunError(f"{path} is in use by {holder}; wait for it or stop it") from None
+        except OSError as error:  # some network file systems are mounted without locks
+            console.warn(f"{path} cannot be locked ({error}): see that no other run uses it")
+            return
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -50,9 +52,9 @@ class Run:
     @classmethod
     def create(cls, config: TrainConfig) -> Self:
         """A new folder under `config.out`, numbered after those that are there."""
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out, "--out")
         label = f"{data_name(config.data)}-{config.size}px-b{config.batch}-s{config.seed}"
-        number = max((_number(p) for p in config.out.iterdir()), default=-1) + 1
+        number = max((run_number(p) for p in config.out.iterdir()), default=-1) + 1
         while True:  # another run may take the number between the look and the mkdir
             path = config.out / f"{number:05d}-{label}"
             try:
@@ -62,9 +64,7 @@ class Run:
                 number += 1
         (path / "samples").mkdir()
         (path / "checkpoints").mkdir()
-        run = cls(path)
-        run.write("config.json", to_plain(config))
-        return run
+        return cls(path)
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the run in one piece."""
@@ -75,55 +75,16 @@ class Run:
         self.write("run.json", {"status": status, "step": step, "kimg": images / 1000})
 
     def close(self) -> None:
+        """Let go of the lock."""
         self._lock.close()
 
 
 def data_name(source: str) -> str:
     """A short name for a data source: `faces:10000` is faces, `/data/FFHQ 64/` is ffhq-64."""
-    if source.startswith("faces:"):
-        return "faces"
-    name = re.sub(r"[^a-z0-9]+", "-", Path(source).absolute().name.lower()).strip("-")
-    return name[:40] or "data"
+    return "faces" if source.startswith("faces:") else slug(Path(source).absolute().name, "data")
 
 
-def run_folder(path: Path) -> Path:
-    """The run that a path given to `--resume` belongs to: itself, or a checkpoint's."""
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (run / "config.json").is_file():
-        what = "holds no run (no config.json)" if run.is_dir() else "does not exist"
-        raise UsageError(
-            f"--resume must be auto, a run folder or one of its checkpoints: {run} {what}"
-        )
-    return run
-
-
-def load_config(resume: str | Path) -> TrainConfig:
-    """The configuration of the run that `--resume` names."""
-    path = run_folder(Path(resume)) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    return config_from(values, f"{path}: ")
-
-
-def latest_like(config: TrainConfig) -> Path | None:
-    """The newest run under `config.out` with the same configuration, but for what is free to
-    change.
-    """
-    if not config.out.is_dir():
-        return None
-    for path in sorted(config.out.iterdir(), key=_number, reverse=True):
-        if _number(path) >= 0 and (path / "config.json").is_file():
-            try:
-                theirs = load_config(path)
-            except (UsageError, RunError):  # of another version: not this configuration
-                continue
-            if not set(differences(theirs, config)) - FREE:
-                return path
-    return None
-
-
-def _number(path: Path) -> int:
+def run_number(path: Path) -> int:
+    """The number that a run folder's name begins with; -1 for anything else."""
     found = re.match(r"(\d{5,})-", path.name)
     return int(found[1]) if found and path.is_dir() else -1

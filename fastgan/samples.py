@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +14,14 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from . import console
-from .checkpoint import Checkpoint, find
+from .checkpoint import Checkpoint, find, under
 from .config import PixelRange, SampleCommand, config_from
-from .env import cores, pick_device
+from .env import pick_device
 from .errors import RunError, UsageError
 from .models import Generator
 from .optim import copy_into
 from .paths import empty_folder, picture_file
+from .png_files import write_pngs
 
 CHUNK = 256  # images a pass of the generator
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -87,7 +86,7 @@ def load_generator(checkpoint: Checkpoint, ema: bool, device: torch.device) -> G
     """
     config = config_from(checkpoint.meta["config"], f"{checkpoint.path}: ")
     generator = Generator(config.size, config.latent, config.width, config.pixel_range)
-    saved = checkpoint.tensors("model", "ema." if ema else "g.")
+    saved = under(checkpoint.tensors("model"), "ema." if ema else "g.")
     try:
         copy_into(generator.state_dict(), saved, str(checkpoint.path))
     except ValueError as error:
@@ -115,7 +114,7 @@ def sample(command: SampleCommand) -> None:
     weights = "averaged" if command.ema else "trained"
     from_ = f"{weights} weights of {checkpoint.path}"
     if command.each is not None:
-        write_each(pieces, target, command.count)
+        write_pngs((image for piece in pieces for image in piece.numpy()), target, command.count)
         console.say(f"{command.count:,} images from the {from_}: {target}")
         return
     try:
@@ -123,27 +122,6 @@ def sample(command: SampleCommand) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {target} cannot be written: {error}") from None
     console.say(f"{command.count:,} images from the {from_}: {target}")
-
-
-def write_each(pieces: Iterator[Tensor], folder: Path, count: int) -> None:
-    """Images as 000000.png, 000001.png, ... by a few threads (zlib lets go of the interpreter's
-    lock).
-    """
-    digits = max(6, len(str(count - 1)))
-
-    def write(numbered: tuple[int, np.ndarray]) -> None:
-        number, pixels = numbered
-        Image.fromarray(pixels).save(folder / f"{number:0{digits}d}.png", compress_level=1)
-
-    images = enumerate(image for piece in pieces for image in piece.numpy())
-    done = 0
-    with console.bar("writing", count) as shown, ThreadPoolExecutor(cores()) as pool:
-        try:
-            while part := list(islice(images, CHUNK)):
-                done += len(list(pool.map(write, part)))
-                shown.update(done)
-        except OSError as error:
-            raise RunError(f"{folder}: {error}") from None
 
 
 def _default_out(checkpoint: Checkpoint, seed: int) -> Path:

@@ -109,6 +109,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that a kill cut short; it is after every checkpoint
+        except json.JSONDecodeError:  # the line that a kill cut short, after the last checkpoint
             break
     return rows

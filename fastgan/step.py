@@ -21,7 +21,7 @@ from fastgan_kernels import gather_u8
 
 from .config import PixelRange
 from .data.feed import Batch
-from .losses import d_non_saturating, g_non_saturating
+from .losses import d_non_saturating, g_non_saturating, widen
 from .models import Discriminator, Generator
 from .optim import Ema
 
@@ -113,8 +113,8 @@ class Step:
                 on_real, on_fake = self._d(real, 1), self._d(fake, 1)
         loss = d_non_saturating(on_real, on_fake)
         self._descend(loss, self.adam_d)
-        probabilities = (on_real.detach().sigmoid().mean(), on_fake.detach().sigmoid().mean())
-        return loss.detach(), *probabilities
+        d_real, d_fake = (widen(logits.detach()).sigmoid().mean() for logits in (on_real, on_fake))
+        return loss.detach(), d_real, d_fake
 
     def _update_g(self, fake: Tensor) -> Tensor:
         with self._frozen(self.discriminator), self._autocast():
@@ -128,8 +128,7 @@ class Step:
         self.scaler.step(adam)
 
     def _autocast(self) -> torch.autocast:
-        # No cache of cast weights: it would keep D's old ones over its update, and cannot be
-        # captured.
+        # no cache of cast weights: it cannot be captured in a graph
         return torch.autocast(
             self.device.type,
             dtype=self.amp_dtype,

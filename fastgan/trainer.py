@@ -6,32 +6,30 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import __version__, checkpoint, console
-from .config import TrainConfig, differences, to_plain
+from .config import TrainConfig, to_plain
 from .data.cache import Cache
 from .data.feed import ResidentFeed
 from .data.prepare import prepare
-from .env import amp_dtype, compile_line, environment, machine_line, pick_device
+from .env import amp_dtype, compile_line, environment, full_line, machine_line, pick_device
 from .errors import RunError, UsageError
 from .models import Discriminator, Generator, init_weights
 from .optim import Ema, adam_tensors, copy_into, make_adam
 from .paths import check_folder
-from .runlog import Run, latest_like, load_config, run_folder
+from .resume import run_of, run_to_resume
+from .runlog import Run
 from .samples import generate, grid, latents, save_picture
+from .signals import noted
 from .stats import Accumulator, StatsLog
 from .step import Step
 
-# A run is resumed with these as they were: they shape the networks, or the meaning of what was
-# counted.
-FIXED = ("size", "batch", "latent", "width", "pixel_range", "seed")
 # Where an interval is not given it is this share of the run.
 TICK_SHARE, SAMPLE_SHARE, SAVE_SHARE = 1 / 100, 1 / 20, 1 / 4
 
@@ -40,63 +38,34 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
     """`fastgan train`: returns 0, or 130 / 143 when Ctrl-C / SIGTERM ended the run after a save."""
     check_folder(config.out, "--out")
     device = pick_device(config.device)
-    start = _find_start(config, resume)
+    start = run_to_resume(config, resume)
     cache = prepare(config.data, config.size, root=config.cache, flag="--data")
     try:
         trainer = Trainer(config, cache, device)
-        if start is not None:
-            trainer.load(start)
-            if trainer.step_count >= trainer.total_steps:
-                console.say(
-                    f"{_run_of(start)} has its {trainer.images / 1000:g} kimg: nothing to do "
-                    "(a larger --kimg or --epochs goes on)"
-                )
-                return 0
-        return _train_in(Run.create(config) if start is None else Run(_run_of(start)), trainer)
-    except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        with ExitStack() as stack:
+            # the lock first: what is loaded must be the last that the run has written
+            run = Run.create(config) if start is None else Run(run_of(start))
+            stack.callback(run.close)
+            if start is not None:
+                trainer.load(checkpoint.find(start))
+                if trainer.step_count >= trainer.total_steps:
+                    console.say(
+                        f"{run.path} has its {trainer.images / 1000:g} kimg: nothing to do "
+                        "(a larger --kimg or --epochs goes on)"
+                    )
+                    return 0
+            log = stack.enter_context(open(run.path / "log.txt", "a", encoding="utf-8"))
+            stack.enter_context(console.log_to(log))
+            return trainer.run(run)
+    except OSError as error:
+        raise RunError(f"--out {config.out}: cannot write the run: {error}") from None
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAlloc" not in str(error):
+            raise
         raise RunError(
-            f"out of GPU memory at --batch {config.batch}, --size {config.size}, "
-            f"--width {config.width} (peak {peak:.1f} GiB): lower one of them "
-            f"({str(error).splitlines()[0]})"
+            f"out of memory at --batch {config.batch}, --size {config.size}, --width "
+            f"{config.width}: lower one of them ({str(error).splitlines()[0]})"
         ) from None
-
-
-def _train_in(run: Run, trainer: Trainer) -> int:
-    with ExitStack() as stack:
-        stack.callback(run.close)
-        log = stack.enter_context(open(run.path / "log.txt", "a"))
-        stack.enter_context(console.log_to(log))
-        return trainer.run(run)
-
-
-def _find_start(config: TrainConfig, resume: str | None) -> checkpoint.Checkpoint | None:
-    """The checkpoint that `--resume` stands for; None starts anew."""
-    if resume is None:
-        return None
-    if resume == "auto":
-        found = latest_like(config)
-        if found is None or not checkpoint.checkpoints(found):
-            console.say(
-                f"--resume auto: no run of this configuration in {config.out}, starting one"
-            )
-            return None
-        return checkpoint.newest(found)
-    run = run_folder(Path(resume))
-    changed = differences(load_config(run), config)
-    for key in FIXED:
-        if key in changed:
-            was, now = changed[key]
-            raise UsageError(
-                f"--{key.replace('_', '-')} cannot change within a run: {run} has {was}, got {now}"
-            )
-    for key, (was, now) in changed.items():
-        console.say(f"{key}: {was} -> {now}")
-    return checkpoint.find(Path(resume))
-
-
-def _run_of(start: checkpoint.Checkpoint) -> Path:
-    return start.path.parent.parent
 
 
 class Trainer:
@@ -104,7 +73,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, cache: Cache, device: torch.device) -> None:
         self.config, self.cache, self.device = config, cache, device
-        amp, self.amp_line = amp_dtype(device) if config.amp else (None, "float32")
+        amp, self.precision_line = amp_dtype(device) if config.amp else (None, full_line(device))
         compiled, self.compile_line = compile_line(device) if config.compile else (False, "off")
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
@@ -112,8 +81,9 @@ class Trainer:
         shape = (config.size, config.latent, config.width, config.pixel_range)
         self.g, self.d = Generator(*shape), Discriminator(config.size, config.width)
         average = Generator(*shape)
+        init_weights(self.g, random)
+        init_weights(self.d, random)
         for network in (self.g, self.d, average):
-            init_weights(network, random)
             network.to(device).to(memory_format=torch.channels_last)
         betas = (config.beta1, config.beta2)
         self.adam_g = make_adam(self.g, config.lr_g, betas)
@@ -151,17 +121,21 @@ class Trainer:
         """Train to the end, or to a signal; the status in run.json says which."""
         run.write("config.json", to_plain(self.config))
         run.write("env.json", environment(self.device))
+        moved = checkpoint.set_aside_newer(run.path, self.images)
         self.log = StatsLog(run.path, self.step_count)
         self._announce(run)
+        if moved:
+            console.say(f"set aside  {len(moved)} later checkpoints, now in {moved[0].parent}")
         run.status("running", self.step_count, self.images)
         try:
-            with _stop_signals() as caught:
+            with noted() as caught:
                 if not self.step_count:
                     self._first_pictures(run)
                 self._loop(run, caught)
                 self._finish(run)
         except BaseException:
-            run.status("failed", self.step_count, self.images)
+            with suppress(OSError):  # a full disk is told by the error that it ended the run with
+                run.status("failed", self.step_count, self.images)
             raise
         if self.step_count >= self.total_steps:
             run.status("done", self.step_count, self.images)
@@ -204,8 +178,8 @@ class Trainer:
     def _finish(self, run: Run) -> None:
         if self.step_count >= self.total_steps and self.stats.count:
             self._tick()
+        self._save(run)  # before the picture: it is what must not be lost
         self._sample(run)
-        self._save(run)
 
     def _tick(self) -> dict[str, Any]:
         """Read the statistics since the last tick (the one host sync) and log them."""
@@ -239,10 +213,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         begin = time.perf_counter()
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"--out: cannot write the run: {error}") from None
+        yield
         self.seconds[phase] += time.perf_counter() - begin
 
     def _first_pictures(self, run: Run) -> None:
@@ -294,32 +265,40 @@ class Trainer:
         return {
             "fastgan": __version__,
             "step": self.step_count,
+            "device": self.device.type,
             "feed": self.feed.state_dict(),
             "scaler": self.step.scaler.state_dict(),
-            "data": {"fingerprint": self.cache.meta.fingerprint, "count": len(self.cache.images)},
+            "data": {"identity": self.cache.meta.identity, "count": len(self.cache.images)},
             "config": to_plain(self.config),
         }
 
     def load(self, start: checkpoint.Checkpoint) -> None:
         """Put every number back where it was when the checkpoint was written."""
         meta, data = start.meta, start.meta["data"]
-        if data["fingerprint"] != self.cache.meta.fingerprint:
+        if data["identity"] != self.cache.meta.identity:
             raise UsageError(
                 f"--data {self.config.data} is not what the run was trained on: {data['count']:,} "
                 f"images then, {len(self.cache.images):,} now, or other files; start a new run"
             )
+        model, optim, state = (start.tensors(part) for part in checkpoint.PARTS)
         try:
             for name, network in (("g", self.g), ("d", self.d), ("ema", self.ema.network)):
-                copy_into(network.state_dict(), start.tensors("model", f"{name}."), name)
-            copy_into(adam_tensors(self.adam_g, self.g), start.tensors("optim", "g."), "Adam of G")
-            copy_into(adam_tensors(self.adam_d, self.d), start.tensors("optim", "d."), "Adam of D")
+                copy_into(network.state_dict(), checkpoint.under(model, f"{name}."), name)
+            for name, pair in (("g", (self.adam_g, self.g)), ("d", (self.adam_d, self.d))):
+                copy_into(
+                    adam_tensors(*pair), checkpoint.under(optim, f"{name}."), f"Adam of {name}"
+                )
         except ValueError as error:
             raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
-        state = start.tensors("state")
-        self.random.set_state(state["random.latents"])
+        if meta["device"] == self.device.type:
+            self.random.set_state(state["random.latents"])
+        else:  # their generators know nothing of each other
+            self.random.manual_seed(self.config.seed + meta["step"])
+            console.warn(f"the run was on {meta['device']}: latents go on from a new seed")
         self.ema.steps.copy_(state["ema.steps"])
-        self.stats.load(start.tensors("state", "stats."))
-        self.step.scaler.load_state_dict(meta["scaler"])
+        self.stats.load(checkpoint.under(state, "stats."))
+        if meta["scaler"] and self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(meta["scaler"])
         self.feed.load_state_dict(meta["feed"])
         self.step_count = meta["step"]
         self.resumed_from = start.path
@@ -331,9 +310,12 @@ class Trainer:
         sizes = [sum(p.numel() for p in net.parameters()) for net in (self.g, self.d)]
         lines = {
             "fastgan": f"{__version__}, torch {torch.__version__}, {machine_line(self.device)}",
-            "data": f"{len(images):,} images of {config.size} px, resident ({megabytes:,.0f} MB)",
+            "data": (
+                f"{len(images):,} images of {config.size} px, resident ({megabytes:,.0f} MB), "
+                f"from {self.cache.path}"
+            ),
             "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last",
-            "precision": self.amp_line,
+            "precision": self.precision_line,
             "compile": self.compile_line,
             "length": (
                 f"{self.total_steps * config.batch / 1000:g} kimg, "
@@ -349,23 +331,3 @@ class Trainer:
 
 def _prefixed(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{group}.{name}": t for group, part in groups.items() for name, t in part.items()}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM inside the block are noted in the list it gives; a second one ends at
-    once.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

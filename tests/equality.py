@@ -148,7 +148,8 @@ class Errors:
     worst: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def note(self, kind: str, value: float, name: str) -> None:
-        if value >= self.worst.get(kind, (-1.0, ""))[0]:
+        # written so that NaN, which is not below anything, counts as the worst and stays
+        if not value <= self.worst.get(kind, (-1.0, ""))[0]:
             self.worst[kind] = (value, name)
 
     def __getitem__(self, kind: str) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.checkpoint import find
+from fastgan.checkpoint import find, under
 from fastgan.cli import main
 from fastgan.errors import RunError
 from fastgan.models import Generator, init_weights
@@ -64,9 +64,9 @@ def test_the_averaged_weights_and_statistics_are_what_is_sampled(tmp_path):
         network = load_generator(saved, ema, torch.device("cpu"))
         assert not network.training
         state = network.state_dict()
-        expected = saved.tensors("model", prefix)
+        expected = under(saved.tensors("model"), prefix)
         assert all(torch.equal(state[k], v) for k, v in expected.items())
-    g, average = saved.tensors("model", "g."), saved.tensors("model", "ema.")
+    g, average = (under(saved.tensors("model"), prefix) for prefix in ("g.", "ema."))
     for name in ("last.weight", "blocks.0.norm.weight", "blocks.0.norm.running_var"):
         assert not torch.equal(g[name], average[name]), name
 

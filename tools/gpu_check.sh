@@ -3,12 +3,13 @@
 #
 #   tools/gpu_check.sh OUT [FOLDER OF IMAGES]
 #
-# Runs from the tree, installed or not, and goes on after a section that fails. OUT gets a log a
-# section, each run's stats.jsonl and last grid, and summary.txt, all of it also as OUT/gpu_check.tar.
+# Runs from the tree, installed or not, goes on after a section that fails and exits 1 then. OUT
+# gets a log a section, the run folders and summary.txt; all but checkpoints is in OUT/gpu_check.tar.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 data=${2:-faces:20000}
+[ -d "$data" ] && data=$(cd "$data" && pwd)
+cd "$(dirname "$0")/.."
 export PYTHONPATH=.:kernels FASTGAN_CACHE=${FASTGAN_CACHE:-$out/cache}
 python=${PYTHON:-python3}
 
@@ -36,3 +37,4 @@ PY
   done
 } | tee "$out/summary.txt"
 cd "$out" && tar -cf gpu_check.tar --exclude=checkpoints --exclude=cache --exclude='fake-0000*' --exclude=gpu_check.tar -- *
+! grep -q '^FAILED' summary.txt

@@ -61,6 +61,7 @@ class Wanted:
     count: int  # files, or faces to draw
     files: list[ImageFile] | None  # None: faces
     fingerprint: str
+    identity: str
     folder_name: str
 
 
@@ -117,6 +118,7 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
             decoder=filled.decoder,
             source=wanted.source,
             fingerprint=wanted.fingerprint,
+            identity=wanted.identity,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fastgan_version=__version__,
         )

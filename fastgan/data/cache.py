@@ -26,7 +26,7 @@ from ..errors import RunError, UsageError
 FORMAT = "fastgan-cache"
 FORMAT_VERSION = 1
 IMAGES, FILES, SKIPPED, META = "images.npy", "files.jsonl", "skipped.jsonl", "meta.json"
-ROW = ("name", "size_bytes", "mtime_ns")  # of a file; see _identity
+ROW = ("name", "size_bytes", "mtime_ns")  # of a file; see build.identity
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,16 @@ class Meta:
     filter: str
     decoder: str
     source: str  # absolute path, or faces:N
-    fingerprint: str
+    fingerprint: str  # of all that the pixels depend on, times of change included
+    identity: str  # the same without times: copied files are the same images in the same order
     created: str
     fastgan_version: str
 
 
 @dataclass(frozen=True)
 class Cache:
+    """An open cache, checked to be whole."""
+
     path: Path
     meta: Meta
     images: np.memmap  # uint8 [N, size, size, 3], read-only
@@ -86,7 +89,9 @@ def read_cache(path: Path) -> Cache:
     try:
         text = json.loads((path / META).read_text(encoding="utf-8"))
         if text["format_version"] != FORMAT_VERSION:
-            raise DamagedError(f"its format is version {text['format_version']}, not 1")
+            raise DamagedError(
+                f"its format is version {text['format_version']}, not {FORMAT_VERSION}"
+            )
         meta = Meta(**{field.name: text[field.name] for field in fields(Meta)})
         # Through one open file: another process may put a new cache in this place meanwhile.
         with open(path / IMAGES, "rb") as file:

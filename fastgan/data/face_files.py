@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import csv
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 
-from .. import console
-from ..env import cores
+from ..errors import RunError
+from ..png_files import png_name, write_pngs
 from .faces import FACTOR_NAMES, factors, render
 
-CHUNK = 64
+DRAWN_PIXELS = 1 << 24  # at a time: 48 MB of RGB
 
 
 def write_faces(folder: Path, count: int, size: int, seed: int) -> None:
-    """`count` faces of `size` px as 000000.png, ... and factors.csv (a row a face) in an existing
-    folder.
+    """`count` faces of `size` px as 000000.png, ... and factors.csv (a row a face) in a folder.
+
+    Raises:
+        RunError: a file cannot be written.
     """
     table = factors(count, seed)
-    digits = max(6, len(str(count - 1)))
-    names = [f"{i:0{digits}d}.png" for i in range(count)]
-    with open(folder / "factors.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", *FACTOR_NAMES])
-        for name, row in zip(names, table, strict=True):
-            writer.writerow([name, *(f"{value:.6g}" for value in row)])
-    with console.bar("drawing", count) as shown, ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, count, CHUNK):
-            images = render(table[start : start + CHUNK], size)
-            pictures = [Image.fromarray(pixels) for pixels in images]
-            paths = [folder / name for name in names[start : start + CHUNK]]
-            list(pool.map(lambda picture, path: picture.save(path), pictures, paths))
-            shown.update(start + len(images))
+    try:
+        with open(folder / "factors.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", *FACTOR_NAMES])
+            for i, row in enumerate(table):
+                writer.writerow([png_name(i, count), *(f"{value:.6g}" for value in row)])
+    except OSError as error:
+        raise RunError(f"{folder}: {error}") from None
+    write_pngs(_drawn(table, size), folder, count)
+
+
+def _drawn(table: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    chunk = max(1, DRAWN_PIXELS // size**2)
+    for start in range(0, len(table), chunk):
+        yield from render(table[start : start + chunk], size)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..console import say
 from ..errors import UsageError
+from ..paths import slug
 from .build import FACES_SEED, Wanted, build, check_place, identity
 from .cache import (
     FILES,
@@ -94,21 +95,21 @@ def _want_faces(source: str, size: int, flag: str) -> Wanted:
     if match is None or int(match[1]) < 1:
         raise UsageError(f"{flag}: faces:N needs a whole number N, 1 or more; got {source}")
     count = int(match[1])
-    fingerprint = _fingerprint("faces", size, [[faces.FACES_VERSION, count, FACES_SEED]])
-    return Wanted(f"faces:{count}", size, count, None, fingerprint, f"faces-{count}-{size}px")
+    digest = _digest("faces", size, [[faces.FACES_VERSION, count, FACES_SEED]])
+    return Wanted(f"faces:{count}", size, count, None, digest, digest, f"faces-{count}-{size}px")
 
 
 def _want_folder(folder: Path, size: int, flag: str) -> Wanted:
     files = find_images(folder, flag)
     source = os.path.realpath(folder)
-    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(source).lower()).strip("-")[:40] or "images"
     digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-    fingerprint = _fingerprint("folder", size, (identity(file) for file in files))
-    name = f"{slug}-{size}px-{digest}"
-    return Wanted(source, size, len(files), files, fingerprint, name)
+    fingerprint = _digest("folder", size, (identity(file) for file in files))
+    timeless = _digest("folder", size, ([file.name, file.size_bytes] for file in files))
+    name = f"{slug(os.path.basename(source), 'images')}-{size}px-{digest}"
+    return Wanted(source, size, len(files), files, fingerprint, timeless, name)
 
 
-def _fingerprint(kind: str, size: int, items: Iterable[list[Any]]) -> str:
+def _digest(kind: str, size: int, items: Iterable[list[Any]]) -> str:
     digest = hashlib.sha256(json.dumps([kind, CROP, FILTER, size]).encode())
     for item in items:
         digest.update(json.dumps(item).encode())

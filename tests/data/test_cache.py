@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +110,7 @@ def test_batches_of_any_size_and_many_kinds_of_damage(folder, tmp_path, capsys, 
     assert "skipped 9 of 39 files: 5 empty file, " in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
 def test_nothing_decodable_is_an_error_and_leaves_nothing(folder, tmp_path):
     for path in folder.iterdir():
         path.write_bytes(b"text")
@@ -363,33 +363,41 @@ def test_an_interrupted_build_leaves_nothing_and_the_old_cache(
 
 
 BUILD = """
-    import sys, time
+    import sys
     from pathlib import Path
     from fastgan.data import build, decode
     from fastgan.data.prepare import prepare
     build.open_decoder = lambda size: decode.open_decoder(size, "pillow")
     build.BATCH = 1
     decode_one = decode.PillowDecoder.decode
-    def slowly(self, blobs):
-        print("decoding", flush=True)
-        time.sleep(float(sys.argv[3]))
+    def when_told(self, blobs):
+        print("ready", flush=True)
+        sys.stdin.readline()
         return decode_one(self, blobs)
-    decode.PillowDecoder.decode = slowly
+    decode.PillowDecoder.decode = when_told
     prepare(sys.argv[1], 8, out=Path(sys.argv[2]))
 """
 
 
-def start_build(folder, path, pause):
-    arguments = [sys.executable, "-c", textwrap.dedent(BUILD), str(folder), str(path), str(pause)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+def start_build(folder, path):
+    """A process that waits before each file for a line on its stdin; its end lets it run freely."""
+    arguments = [sys.executable, "-c", textwrap.dedent(BUILD), str(folder), str(path)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True)
+
+
+def wait_ready(child):
+    while "ready" not in child.stdout.readline():
+        assert child.poll() is None
 
 
 def test_a_killed_build_is_swept_by_the_next(folder, tmp_path):
     path = tmp_path / "cache"
-    with start_build(folder, path, 0.3) as child:
-        while "decoding" not in child.stdout.readline():
-            assert child.poll() is None
-        child.stdout.readline()  # the second file is under way
+    with start_build(folder, path) as child:
+        wait_ready(child)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        wait_ready(child)  # the second file is under way
         child.send_signal(signal.SIGKILL)
     host = socket.gethostname()
     left = f".cache.building-{host}-{child.pid}"
@@ -405,15 +413,15 @@ def test_a_killed_build_is_swept_by_the_next(folder, tmp_path):
 
 def test_two_processes_build_the_same_cache_at_once(folder, tmp_path):
     path = tmp_path / "cache"
-    builds = [start_build(folder, path, pause) for pause in (0.15, 0.2)]
-    began = time.monotonic()
-    together = 0
-    while any(child.poll() is None for child in builds) and time.monotonic() - began < 60:
-        together = max(together, len(list(tmp_path.glob(".cache.building-*"))))
-        time.sleep(0.01)
-    assert [child.wait() for child in builds] == [0, 0] and together == 2
+    builds = [start_build(folder, path) for _ in range(2)]
+    for child in builds:
+        wait_ready(child)
+    assert len(list(tmp_path.glob(".cache.building-*"))) == 2
+    for child in builds:
+        child.stdin.close()
     for child in builds:
         assert "cache: 5 images of 8 px" in child.stdout.read()
+        assert child.wait() == 0
         child.stdout.close()
     assert colours(open_cache(path).images) == [0, 10, 20, 30, 40]
     assert sorted(os.listdir(tmp_path)) == ["cache", "faces"]

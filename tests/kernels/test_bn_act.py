@@ -16,6 +16,7 @@ SHAPES = [(8, 16, 4, 4), (4, 3, 7, 9), (4, 1, 1, 1), (6, 100, 1, 1), (12, 5, 3, 
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 5 * 3 * 10 * 2**-24,
+    torch.float16: 5 * 3 * 2**-12,
     torch.bfloat16: 5 * 3 * 2**-9,
 }
 
@@ -81,7 +82,7 @@ def test_float64_equals_one_batchnorm_call_a_group(impl, act, shape, groups):
 
 
 @pytest.mark.parametrize("impl", ["ref", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_storage_types_stay_within_their_rounding(impl, dtype, groups, channels_last):
