@@ -427,33 +427,41 @@ def test_two_processes_build_the_same_cache_at_once(folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["cache", "faces"]
 
 
-def install(building, path, fingerprint, barrier):
-    barrier.wait()
-    build._install(building, path, fingerprint)
+TRIALS = 5
+
+
+def install(buildings, path, fingerprint, barrier):
+    for building in buildings:
+        barrier.wait(60)  # all start at once
+        build._install(building, path, fingerprint)
+        barrier.wait(60)  # the parent looks
+        barrier.wait(60)
 
 
 def test_many_finish_at_the_same_moment(folder, tmp_path):
     """Four of two kinds want the same place: whatever the order, a whole one is there."""
-    made = prepare(str(folder), 8, out=tmp_path / "made")
-    context = multiprocessing.get_context("fork")
-    for trial in range(5):
-        path = tmp_path / "cache"
-        barrier = context.Barrier(4)
-        workers = []
-        for number, fingerprint in enumerate(("a", "b", "a", "b")):
-            building = tmp_path / f".building-{trial}-{number}"
+    made, path = prepare(str(folder), 8, out=tmp_path / "made"), tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(5)
+    workers = []
+    for number, fingerprint in enumerate(("a", "b", "a", "b")):
+        buildings = [tmp_path / f".building-{trial}-{number}" for trial in range(TRIALS)]
+        for building in buildings:
             building.mkdir()
             for name, content in tree(made.path).items():
                 (building / name).write_bytes(content)
             other_meta(fingerprint=fingerprint)(building)
-            workers.append(
-                context.Process(target=install, args=(building, path, fingerprint, barrier))
-            )
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert [worker.exitcode for worker in workers] == [0] * 4
+        arguments = (buildings, path, fingerprint, barrier)
+        workers.append(context.Process(target=install, args=arguments, daemon=True))
+    for worker in workers:
+        worker.start()
+    for _ in range(TRIALS):
+        barrier.wait(60)
+        barrier.wait(60)
         assert open_cache(path).meta.fingerprint in ("a", "b")
         assert colours(open_cache(path).images) == [0, 10, 20, 30, 40]
         assert not list(tmp_path.glob(".cache.old-*"))
+        barrier.wait(60)
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
