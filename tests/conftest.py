@@ -1,9 +1,13 @@
-"""One seed for every test, caches in a folder of their own, `gpu` tests skipped where there is
-none.
-"""
+"""One thread and one seed for each test, a cache folder of its own, no `gpu` test without a GPU."""
 
-import pytest
-import torch
+import os
+
+# These networks are too small to share among threads, and threads that wait for each other make a
+# machine that is busy with something else ten times slower. Processes started by tests inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
