@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,17 @@ from .errors import RunError, UsageError
 FORMAT_VERSION = 1
 PARTS = ("model", "optim", "state")
 META = "meta.json"
+# What meta.json holds beside the format version and the digests of the files.
+RECORD = {
+    "step": int,
+    "images": int,
+    "device": str,
+    "feed": dict,
+    "scaler": dict,
+    "data": dict,
+    "config": dict,
+}
+NAME = re.compile(r"\d{6,}\.\d{3}kimg")
 
 
 def kimg_name(images: int) -> str:
@@ -100,7 +112,7 @@ def save(
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, every file of it verified; `RunError` names the damaged file."""
     try:
-        meta = json.loads((path / META).read_text())
+        meta = json.loads((path / META).read_text("utf-8"))
         version, files = meta["format_version"], meta["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"checkpoint {path}: {META} cannot be read ({error})") from None
@@ -109,6 +121,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"checkpoint {path} has format {version}, this fastgan reads {FORMAT_VERSION}: "
             "it was written by another version"
         )
+    wrong = [key for key, kind in RECORD.items() if not isinstance(meta.get(key), kind)]
+    if wrong:
+        raise RunError(f"checkpoint {path} is damaged: {META} has no right {', '.join(wrong)}")
     for part in PARTS:
         _checked_bytes(path, part, files)
     return Checkpoint(path, meta)
@@ -136,10 +151,13 @@ def find(path: Path) -> Checkpoint:
     """The checkpoint that `path` names: a checkpoint folder, or a run folder (its newest whole
     one).
     """
-    if (path / META).is_file() or path.parent.name == "checkpoints":
-        return open_checkpoint(path)
+    path = Path(os.path.abspath(path))
     if not path.is_dir():
-        raise UsageError(f"{path}: no such run or checkpoint folder")
+        others = [p.name for p in checkpoints(path.parent.parent)]
+        hint = f" (there are {', '.join(others)})" if NAME.fullmatch(path.name) and others else ""
+        raise UsageError(f"{path}: no such run or checkpoint folder{hint}")
+    if NAME.fullmatch(path.name) or (path / f"{PARTS[0]}.safetensors").is_file():
+        return open_checkpoint(path)
     if not (path / "checkpoints").is_dir():
         raise UsageError(f"{path}: neither a run folder nor a checkpoint (no checkpoints in it)")
     return newest(path)
@@ -147,7 +165,8 @@ def find(path: Path) -> Checkpoint:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("[0-9]*kimg") if p.is_dir()]
+    places = (run / "checkpoints").glob("*kimg")
+    found = [p for p in places if NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=_kimg)
 
 

@@ -26,6 +26,7 @@ from .config import (
     plain_config,
     to_toml,
 )
+from .console import say
 from .errors import RunError, UsageError
 from .signals import Terminated, terminable
 
@@ -40,18 +41,33 @@ ABOUT = "Train DCGAN-family face generators at the speed of the card."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 143 for
-    SIGTERM.
+    """Run one command line and return its exit code.
+
+    0; 1 for a failure, 2 for wrong usage; 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP.
     """
+    _ready_streams()
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            code = _run(args)
+        except SystemExit as done:  # tyro: help, or a flag that it refused
+            code = int(done.code or 0)
+        sys.stdout.flush()
+        return code
+    except OSError as error:  # stdout is full, or its reader has gone (`fastgan info | head -1`)
+        if not isinstance(error, BrokenPipeError):
+            print(f"fastgan: {error}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more to say at exit
+        return 1
+
+
+def _run(args: list[str]) -> int:
     try:
         if args in (["--version"], ["-V"]):
             print(f"fastgan {__version__}")
             return 0
         with terminable():
-            code = run(parse(args))
-        sys.stdout.flush()  # here, where a reader that has gone away is dealt with
-        return code
+            return run(parse(args))
     except UsageError as error:
         print(f"fastgan: {error}", file=sys.stderr)
         return 2
@@ -61,14 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastgan: interrupted", file=sys.stderr)
         return 130
-    except Terminated:
-        print("fastgan: terminated", file=sys.stderr)
-        return 143
-    except BrokenPipeError:
-        # The reader of our stdout has gone (`fastgan info | head -1`): no traceback, and none at
-        # exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except Terminated as signal:
+        print(f"fastgan: terminated by {signal.name}", file=sys.stderr)
+        return 128 + signal.number
+
+
+def _ready_streams() -> None:
+    """Streams that may be closed or know only ASCII: nothing that is said may fail for that."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the whole process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse(args: Sequence[str]) -> Any:
@@ -101,7 +122,7 @@ def parse(args: Sequence[str]) -> Any:
 def _train_base(args: Sequence[str]) -> TrainConfig:
     """What the flags are laid over: the run to be resumed, the recipe, or the defaults."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--recipe", "--resume", "--data", "--kimg", "--epochs"):
+    for flag in ("--recipe", "--resume", "--data", "--out", "--kimg", "--epochs"):
         scan.add_argument(flag)
     try:
         given, _ = scan.parse_known_args(args)
@@ -110,6 +131,8 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
     if given.resume and given.resume != "auto":
         if given.recipe:
             raise UsageError("--recipe does not go with --resume RUN: the run has a configuration")
+        if given.out:
+            raise UsageError("--out does not go with --resume RUN: the run stays where it is")
         from .resume import load_config
 
         base = load_config(Path(given.resume))
@@ -153,6 +176,7 @@ def run(command: Any) -> int:
 
         folder = empty_folder(command.out, "--out")
         write_faces(folder, command.count, command.size, command.seed)
+        say(f"{command.count:,} faces of {command.size} px and factors.csv in {folder}")
         return 0
     from .data.decode import open_decoder
     from .env import info, version_of

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -82,14 +83,21 @@ class Options(BaseModel):
     @field_validator("*")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            try:
-                text = str(value).encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"must be valid UTF-8, got {str(value)!r}") from None
-            if b"\0" in text or not text:
-                raise ValueError(f"must not be empty or hold a NUL, got {str(value)!r}")
-        return value
+        """Text and paths that can be written down; `~` is the home directory in every path."""
+        if not isinstance(value, str | Path):
+            return value
+        try:
+            text = str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"must be valid UTF-8, got {str(value)!r}") from None
+        if not text:
+            raise ValueError("must not be empty")
+        if b"\0" in text:
+            raise ValueError(f"must not hold a NUL, got {str(value)!r}")
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError:
+            raise ValueError(f"begins with a home directory that is not known: {value}") from None
 
 
 class TrainConfig(Options):
@@ -254,9 +262,9 @@ def load_recipe(name: str) -> TrainConfig:
     """
     if name in recipe_names():
         text = (resources.files("fastgan") / "recipes" / f"{name}.toml").read_text("utf-8")
-    elif os.path.isfile(name):
+    elif os.path.exists(name) and not os.path.isdir(name):
         try:
-            text = Path(name).read_text("utf-8")
+            text = Path(name).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--recipe {name}: cannot be read as UTF-8 text: {error}") from None
     else:
@@ -268,7 +276,7 @@ def load_recipe(name: str) -> TrainConfig:
         )
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end, too
         raise UsageError(f"--recipe {name}: not valid TOML: {error}") from None
     return config_from(values, f"--recipe {name}: ")
 
@@ -278,9 +286,14 @@ def config_from(values: dict[str, Any], where: str) -> TrainConfig:
     `where`.
     """
     try:
-        return TrainConfig.model_validate_json(json.dumps(values, default=str), strict=True)
+        return TrainConfig.model_validate_json(json.dumps(values, default=_date), strict=True)
     except ValidationError as error:
         raise UsageError(_explain(error, where, dash=False)) from None
+
+
+def _date(value: Any) -> dict[str, str]:
+    """A TOML date or time, as something that no option takes."""
+    return {type(value).__name__: str(value)}
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
@@ -308,7 +321,8 @@ def _explain(error: ValidationError, where: str, dash: bool) -> str:
     lines = []
     for found in error.errors():
         key = str(found["loc"][0]) if found["loc"] else ""
-        rule = found["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+        rule = found["msg"].removeprefix("Value error, ")
+        rule = re.sub(r"^(Input|Tuple) should", "must", rule)
         if found["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, list(TrainConfig.model_fields), n=1)
             guess = f"; did you mean {near[0]}?" if near else ""

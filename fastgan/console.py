@@ -7,6 +7,7 @@ every few seconds.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,17 +26,29 @@ _logs: list[TextIO] = []
 
 def say(line: str) -> None:
     """Print one line to stdout and to the open logs."""
-    _out.file = sys.stdout
-    _out.print(line, markup=False)
-    sys.stdout.flush()  # a pipe would hold it back, and a Slurm log be empty for minutes
     _log(line)
+    _print(_out, sys.stdout, line)
 
 
 def warn(line: str) -> None:
     """Print `warning: line` to stderr and to the open logs."""
-    _err.file = sys.stderr
-    _err.print(f"warning: {line}", markup=False)
     _log(f"warning: {line}")
+    _print(_err, sys.stderr, f"warning: {line}")
+
+
+def _print(console: Console, stream: TextIO, line: str) -> None:
+    try:
+        if stream.isatty():
+            console.file = stream
+            console.print(line, markup=False)  # above the bar, where there is one
+        else:
+            stream.write(line + "\n")
+        stream.flush()  # a pipe would hold it back, and a Slurm log be empty for minutes
+    except OSError as error:
+        # `fastgan train | tee log`, and tee is gone: training goes on, and the log has the lines
+        if stream is sys.stdout:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+            warn(f"stdout is gone ({error.strerror}): going on without it")
 
 
 def _log(line: str) -> None:

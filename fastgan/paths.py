@@ -55,3 +55,15 @@ def picture_file(path: Path, suffixes: tuple[str, ...], flag: str) -> Path:
 def slug(name: str, otherwise: str) -> str:
     """`name` in small letters, digits and hyphens, 40 at the most; `otherwise` if none are left."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or otherwise
+
+
+def absolute(source: str, flag: str) -> str:
+    """A data source whose path, if it is one, means the same from every folder."""
+    if source.startswith("faces:"):
+        return source
+    try:
+        return os.path.abspath(Path(source).expanduser())
+    except RuntimeError:
+        raise UsageError(
+            f"{flag} begins with a home directory that is not known: {source}"
+        ) from None

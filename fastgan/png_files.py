@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -31,8 +32,14 @@ def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
 
     def write(numbered: tuple[int, np.ndarray]) -> None:
         number, pixels = numbered
-        # level 1: a fifth larger than the default, several times faster
-        Image.fromarray(pixels).save(folder / png_name(number, count), compress_level=1)
+        path = folder / png_name(number, count)
+        scratch = path.with_suffix(".tmp")
+        try:
+            # level 1: a fifth larger than the default, several times faster
+            Image.fromarray(pixels).save(scratch, "PNG", compress_level=1)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     waiting = enumerate(images)
     done = 0
@@ -43,4 +50,4 @@ def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
                 done += len(list(pool.map(write, part)))
                 bar.update(done)
         except OSError as error:
-            raise RunError(f"{folder}: {error}") from None
+            raise RunError(f"{folder}: {error}; {done:,} of {count:,} images are whole") from None

@@ -37,6 +37,7 @@ def run_to_resume(config: TrainConfig, resume: str | None) -> Path | None:
     path = Path(resume)
     run = run_of(path)
     changed = differences(load_config(path), config)
+    changed.pop("out", None)  # the run stays where it is, wherever that was when it began
     for key in FIXED:
         if key in changed:
             flag, (was, now) = key.replace("_", "-"), changed[key]
@@ -48,17 +49,21 @@ def run_to_resume(config: TrainConfig, resume: str | None) -> Path | None:
 
 def run_of(path: Path) -> Path:
     """The run folder that a run or one of its checkpoints belongs to."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+    path = Path(os.path.abspath(path))
+    around = [path, *path.parents][:4]  # a checkpoint lies two below its run; one set aside, three
+    return next((p for p in around if os.path.isfile(p / "config.json")), path)
 
 
 def load_config(path: Path) -> TrainConfig:
     """The configuration of the run that `--resume` names by its folder or a checkpoint."""
     run = run_of(path)
     config = run / "config.json"
-    if not os.path.isfile(config):
-        what = "holds no run (no config.json)" if os.path.isdir(run) else "does not exist"
+    if not os.path.isfile(config) or os.path.isfile(path):
+        what = "does not exist"
+        if os.path.exists(path):
+            what = "holds no run (no config.json)" if os.path.isdir(path) else "is a file"
         raise UsageError(
-            f"--resume must be auto, a run folder or one of its checkpoints: {run} {what}"
+            f"--resume must be auto, a run folder or one of its checkpoints: {path} {what}"
         )
     try:
         values = json.loads(config.read_text("utf-8"))
@@ -72,12 +77,15 @@ def _latest_like(config: TrainConfig) -> Path | None:
     if not os.path.isdir(config.out):
         return None
     for path in sorted(config.out.iterdir(), key=run_number, reverse=True):
-        if run_number(path) < 0 or not checkpoints(path):
+        if run_number(path) < 0:
             continue
         try:
             theirs = load_config(path)
         except (UsageError, RunError):  # of another version: not this configuration
             continue
-        if not set(differences(theirs, config)) - FREE:
+        if set(differences(theirs, config)) - FREE:
+            continue
+        if checkpoints(path):
             return path
+        console.say(f"--resume auto: {path} has no checkpoint, looking further")
     return None

@@ -98,7 +98,7 @@ def sample(command: SampleCommand) -> None:
     """`fastgan sample`: a grid, or single files."""
     if command.each is not None and command.out is not None:
         raise UsageError("--out writes a grid and --each writes single files: give one of them")
-    checkpoint = find(command.run)
+    checkpoint, device = find(command.run), pick_device(command.device)
     if command.each is not None:
         target = empty_folder(command.each, "--each")
     else:
@@ -109,7 +109,7 @@ def sample(command: SampleCommand) -> None:
             )
         named = command.out or _default_out(checkpoint, command.seed)
         target = picture_file(named, GRID_SUFFIXES, "--out")
-    generator = load_generator(checkpoint, command.ema, pick_device(command.device))
+    generator = load_generator(checkpoint, command.ema, device)
     pieces = generate(generator, latents(command.seed, command.count, generator.latent))
     weights = "averaged" if command.ema else "trained"
     from_ = f"{weights} weights of {checkpoint.path}"
@@ -125,6 +125,6 @@ def sample(command: SampleCommand) -> None:
 
 
 def _default_out(checkpoint: Checkpoint, seed: int) -> Path:
+    """Among the run's samples; in the current folder for a checkpoint outside of a run."""
     samples = checkpoint.path.parent.parent / "samples"
-    folder = samples if samples.is_dir() else checkpoint.path
-    return folder / f"sample-seed{seed}.png"
+    return (samples if samples.is_dir() else Path()) / f"sample-seed{seed}.png"

@@ -57,7 +57,7 @@ class StatsLog:
         self.rows: list[dict[str, Any]] = []
         path = folder / "stats.jsonl"
         if path.exists():
-            self.rows = [row for row in _read_lines(path) if row["step"] <= up_to_step]
+            self.rows = [row for row in _read_rows(path) if row["step"] <= up_to_step]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         replace_file(path, text.encode())
         replace_file(folder / "losses.json", (json.dumps(list(COLUMNS)) + "\n").encode())
@@ -104,11 +104,15 @@ class StatsLog:
         replace_file(self.folder / "losses.png", content.getvalue())
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows up to the first that is none: a kill may have cut the last line short."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that a kill cut short, after the last checkpoint
+            row = json.loads(line)
+            if any(not isinstance(row[name], int | float) for name in COLUMNS):
+                break
+        except (ValueError, KeyError, TypeError):
             break
+        rows.append(row)
     return rows

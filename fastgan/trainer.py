@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .env import amp_dtype, compile_line, environment, full_line, machine_line, 
 from .errors import RunError, UsageError
 from .models import Discriminator, Generator, init_weights
 from .optim import Ema, adam_tensors, copy_into, make_adam
-from .paths import check_folder
+from .paths import absolute, check_folder
 from .resume import run_of, run_to_resume
 from .runlog import Run
 from .samples import generate, grid, latents, save_picture
@@ -35,37 +36,44 @@ TICK_SHARE, SAMPLE_SHARE, SAVE_SHARE = 1 / 100, 1 / 20, 1 / 4
 
 
 def train(config: TrainConfig, resume: str | None = None) -> int:
-    """`fastgan train`: returns 0, or 130 / 143 when Ctrl-C / SIGTERM ended the run after a save."""
-    check_folder(config.out, "--out")
+    """`fastgan train`: returns 0, or 128 + the signal that ended the run after a save."""
+    config = config.model_copy(update={"data": absolute(config.data, "--data")})
     device = pick_device(config.device)
     start = run_to_resume(config, resume)
+    if start is None:
+        check_folder(config.out, "--out")
     cache = prepare(config.data, config.size, root=config.cache, flag="--data")
     try:
         trainer = Trainer(config, cache, device)
-        with ExitStack() as stack:
-            # the lock first: what is loaded must be the last that the run has written
-            run = Run.create(config) if start is None else Run(run_of(start))
-            stack.callback(run.close)
-            if start is not None:
-                trainer.load(checkpoint.find(start))
-                if trainer.step_count >= trainer.total_steps:
-                    console.say(
-                        f"{run.path} has its {trainer.images / 1000:g} kimg: nothing to do "
-                        "(a larger --kimg or --epochs goes on)"
-                    )
-                    return 0
-            log = stack.enter_context(open(run.path / "log.txt", "a", encoding="utf-8"))
-            stack.enter_context(console.log_to(log))
-            return trainer.run(run)
-    except OSError as error:
-        raise RunError(f"--out {config.out}: cannot write the run: {error}") from None
+        # the lock before the checkpoint: what is loaded must be the last that the run has written
+        run = Run.create(config) if start is None else Run(run_of(start))
+        with closing(run):
+            return _train_in(run, trainer, start)
     except RuntimeError as error:  # a CPU's allocator has no error of its own
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAlloc" not in str(error):
             raise
         raise RunError(
             f"out of memory at --batch {config.batch}, --size {config.size}, --width "
-            f"{config.width}: lower one of them ({str(error).splitlines()[0]})"
+            f"{config.width}, --latent {config.latent}: lower one of them "
+            f"({str(error).splitlines()[0]})"
         ) from None
+
+
+def _train_in(run: Run, trainer: Trainer, start: Path | None) -> int:
+    if start is not None:
+        trainer.load(checkpoint.find(start))
+        if trainer.step_count >= trainer.total_steps:
+            console.say(
+                f"{run.path} has its {trainer.images / 1000:g} kimg: nothing to do "
+                "(a larger --kimg or --epochs goes on)"
+            )
+            return 0
+    try:
+        (run.path / "samples").mkdir(exist_ok=True)
+        with open(run.path / "log.txt", "a", encoding="utf-8") as log, console.log_to(log):
+            return trainer.run(run)
+    except OSError as error:
+        raise RunError(f"the run {run.path} cannot be written: {error}") from None
 
 
 class Trainer:
@@ -144,7 +152,7 @@ class Trainer:
         run.status("preempted", self.step_count, self.images)
         console.say(
             f"stopped at {self.images / 1000:g} kimg by {signal.Signals(caught[0]).name}, saved; "
-            f"fastgan train --resume {run.path} goes on"
+            f"fastgan train --resume {shlex.quote(str(run.path))} goes on"
         )
         return 128 + caught[0]
 
@@ -275,7 +283,7 @@ class Trainer:
     def load(self, start: checkpoint.Checkpoint) -> None:
         """Put every number back where it was when the checkpoint was written."""
         meta, data = start.meta, start.meta["data"]
-        if data["identity"] != self.cache.meta.identity:
+        if data.get("identity") != self.cache.meta.identity:
             raise UsageError(
                 f"--data {self.config.data} is not what the run was trained on: {data['count']:,} "
                 f"images then, {len(self.cache.images):,} now, or other files; start a new run"
@@ -299,7 +307,10 @@ class Trainer:
         self.stats.load(checkpoint.under(state, "stats."))
         if meta["scaler"] and self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(meta["scaler"])
-        self.feed.load_state_dict(meta["feed"])
+        try:
+            self.feed.load_state_dict(meta["feed"])
+        except ValueError as error:
+            raise RunError(f"checkpoint {start.path} is damaged: {error}") from None
         self.step_count = meta["step"]
         self.resumed_from = start.path
 

@@ -22,13 +22,14 @@ PARTS = {
     "optim": {"g.a.step": torch.tensor(3.0), "g.a.exp_avg": torch.randn(7, dtype=torch.float64)},
     "state": {"random.latents": torch.Generator().get_state()},
 }
+META = {"step": 7, "device": "cpu", "feed": {}, "scaler": {}, "data": {}, "config": {}}
 FILES = ["model.safetensors", "optim.safetensors", "state.safetensors", "meta.json"]
 
 
 @pytest.fixture
 def run(tmp_path):
     for images in (1000, 2500):
-        checkpoint.save(tmp_path / "checkpoints", images, PARTS, {"step": images})
+        checkpoint.save(tmp_path / "checkpoints", images, PARTS, {**META, "step": images})
     return tmp_path
 
 
@@ -117,7 +118,7 @@ def test_a_failure_at_any_point_of_a_save_leaves_the_ones_before(run, monkeypatc
         monkeypatch.setattr(os, call, failing(getattr(os, call)))
     failed = False
     try:
-        checkpoint.save(run / "checkpoints", 9000, PARTS, {"step": 9000})
+        checkpoint.save(run / "checkpoints", 9000, PARTS, META)
     except OSError:
         failed = True
     monkeypatch.undo()
@@ -135,19 +136,19 @@ def test_a_killed_saves_leftover_is_no_checkpoint_and_is_swept(run):
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
     assert checkpoint.newest(run).path.name == "000002.500kimg"
-    checkpoint.save(run / "checkpoints", 9000, PARTS, {})
+    checkpoint.save(run / "checkpoints", 9000, PARTS, META)
     assert not leftover.exists() and checkpoint.newest(run).path.name == "000009.000kimg"
 
 
 def test_saving_a_step_twice_keeps_the_first(run):
     path = run / "checkpoints" / "000002.500kimg" / "meta.json"
     before = path.read_bytes()
-    checkpoint.save(run / "checkpoints", 2500, PARTS, {"step": -1})
+    checkpoint.save(run / "checkpoints", 2500, PARTS, {**META, "step": -1})
     assert path.read_bytes() == before
 
 
 def test_prune_keeps_the_newest(run):
-    checkpoint.save(run / "checkpoints", 9000, PARTS, {})
+    checkpoint.save(run / "checkpoints", 9000, PARTS, META)
     checkpoint.prune(run, 2)
     assert [p.name for p in checkpoint.checkpoints(run)] == ["000002.500kimg", "000009.000kimg"]
 
@@ -159,3 +160,28 @@ def test_find_takes_a_run_or_a_checkpoint(run, tmp_path_factory):
     (empty / "checkpoints").mkdir()
     with pytest.raises(UsageError, match="has no checkpoint yet"):
         checkpoint.find(empty)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", None), ("step", "x"), ("data", 3), ("feed", None), ("config", [])]
+)
+def test_a_record_without_what_belongs_there_is_damaged(run, key, value, capsys):
+    path = run / "checkpoints" / "000002.500kimg" / "meta.json"
+    meta = json.loads(path.read_text()) | {key: value}
+    if value is None:
+        del meta[key]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(RunError, match=f"is damaged: meta.json has no right {key}"):
+        checkpoint.open_checkpoint(path.parent)
+    assert checkpoint.newest(run).path.name == "000001.000kimg"
+
+
+def test_other_folders_among_the_checkpoints_are_let_be(run):
+    for name in ("1akimg", "000002.500kimg copy.kimg", "nankimg"):
+        (run / "checkpoints" / name).mkdir()
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["000001.000kimg", "000002.500kimg"]
+
+
+def test_a_checkpoint_that_is_gone_names_those_that_are_there(run):
+    with pytest.raises(UsageError, match="there are 000001.000kimg, 000002.500kimg"):
+        checkpoint.find(run / "checkpoints" / "000009.000kimg")

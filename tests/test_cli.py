@@ -148,6 +148,9 @@ def test_wrong_resume(capsys, tmp_path, run):
     assert "--recipe does not go with --resume RUN" in refused(
         capsys, "train", "--resume", run, "--recipe", "quickstart"
     )
+    assert "--out does not go with --resume RUN" in refused(
+        capsys, "train", "--resume", run, "--out", tmp_path
+    )
     assert "holds no run" in refused(capsys, "train", "--resume", tmp_path)
     assert f"--size cannot change within a run: {run} has 32, got 64" in refused(
         capsys, "train", "--resume", run, "--size", "64"
@@ -274,6 +277,54 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
     assert (done.stderr, done.returncode) == ("", 1)
 
 
+@pytest.mark.parametrize("verb", ["info", "--help", "train --dry-run"])
+@pytest.mark.parametrize(
+    ("redirect", "code", "words"),
+    [(">/dev/full", 1, "No space left on device"), (">&-", 0, ""), ("2>&-", 0, "")],
+)
+def test_a_full_or_closed_stdout_is_no_traceback(verb, redirect, code, words):
+    if verb == "--help" and redirect == ">&-":
+        code = 0
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m fastgan {verb} {redirect}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert words in done.stderr
+
+
+def test_a_terminal_that_knows_only_ascii(tmp_path):
+    args = ["train", "--data", "faces:16", *TINY, "--kimg", "0.016", "--out", "r\u00fc\U0001f600"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgan", *args],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "r\\xfc\\U0001f600" in done.stdout
+
+
+def test_a_home_that_is_not_known(capsys, monkeypatch):
+    def unknown(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTGAN_CACHE")
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    said = refused(capsys, "train", "--data", "~/x")
+    assert "--out begins with a home directory that is not known" in said or "--data begins" in said
+
+
+def test_a_cache_that_cannot_fit_is_refused_at_once(capsys, tmp_path):
+    huge = f"faces:{10**13}"
+    said = refused(capsys, "prepare", huge, "--out", tmp_path / "set", code=1)
+    assert "it needs 122,880,000.00 GB" in said and "name another place with --out" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sigterm_while_decoding_leaves_nothing_behind(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-m", "fastgan", "prepare", "faces:5000000", f"--out={tmp_path / 'set'}"],
@@ -286,7 +337,7 @@ def test_sigterm_while_decoding_leaves_nothing_behind(tmp_path):
         time.sleep(0.02)
     child.terminate()
     _, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (143, "fastgan: terminated\n")
+    assert (child.returncode, err) == (143, "fastgan: terminated by SIGTERM\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -298,6 +349,7 @@ def test_paths_that_stand_in_the_way(capsys, tmp_path):
         capsys, "faces", "--out", tmp_path / long
     )
     assert "--recipe must be a TOML file or one of" in refused(capsys, "train", "--recipe", long)
+    assert "is a file" in refused(capsys, "train", "--resume", __file__)
     assert "does not exist" in refused(capsys, "train", "--resume", long)
 
 

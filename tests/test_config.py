@@ -1,5 +1,6 @@
 """Options, recipes and their round trip through TOML."""
 
+import datetime
 import tomllib
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fastgan.errors import UsageError
 
 positive = st.floats(1e-6, 1e6)
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+paths = text.filter(lambda t: not t.startswith("~")).map(Path)  # not somebody's home
 configs = st.builds(
     TrainConfig,
     data=text,
@@ -36,8 +38,8 @@ configs = st.builds(
     pixel_range=st.sampled_from([(-1.0, 1.0), (0.0, 1.0)]),
     lr_g=st.floats(1e-9, 10),
     beta1=st.floats(0, 1, exclude_max=True),
-    out=text.map(Path),
-    cache=st.none() | text.map(Path),
+    out=paths,
+    cache=st.none() | paths,
     tick_kimg=st.none() | positive,
 )
 
@@ -81,8 +83,10 @@ WRONG = [
     ({"pixel_range": [0]}, "pixel_range"),
     ({"device": "gpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     ({"data": ""}, "data must not be empty"),
-    ({"out": "a\0b"}, "out must not be empty or hold a NUL"),
+    ({"out": "a\0b"}, "out must not hold a NUL"),
     ({"lr_g": float("nan")}, "lr_g must be"),
+    ({"data": datetime.date(2020, 1, 1)}, r"data must be a valid string, got \{'date'"),
+    ({"pixel_range": [0, 1, 2]}, "pixel_range must have at most 2 items"),
 ]
 
 
@@ -115,6 +119,12 @@ def test_a_recipe_file_that_is_not_toml(tmp_path):
     path.write_text("batch = = 3")
     with pytest.raises(UsageError, match="not valid TOML"):
         load_recipe(str(path))
+    for endless in ("batch = " + "9" * 5000, "batch = " + "[" * 20_000):
+        path.write_text(endless)
+        with pytest.raises(UsageError, match="not valid TOML"):
+            load_recipe(str(path))
+    path.write_bytes(b"\xef\xbb\xbfbatch = 8")  # as some editors save
+    assert load_recipe(str(path)).batch == 8
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="UTF-8"):
         load_recipe(str(path))
@@ -128,3 +138,11 @@ def test_differences_and_plain_values():
         "epochs": (None, 2.0),
     }
     assert config_from(to_plain(b), "") == b
+
+
+def test_the_home_directory_is_meant_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = TrainConfig(out="~/runs", cache="~/sets")
+    assert (config.out, config.cache) == (Path("/home/somebody/runs"), Path("/home/somebody/sets"))
+    with pytest.raises(ValidationError, match="home directory that is not known: ~nobody-here"):
+        TrainConfig(out="~nobody-here/runs")

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from fastgan.stats import COLUMNS, StatsLog
 
@@ -34,6 +35,14 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path):
     np.testing.assert_array_equal(
         losses[:, COLUMNS.index("g_loss")], np.float32([10.1, 20.1, 25.1])
     )
+
+
+@pytest.mark.parametrize("damage", [b"\xff\x00\n", b"[1, 2]\n", b'{"step": 25}\n', b"null\n"])
+def test_a_damaged_log_is_read_up_to_the_damage(tmp_path, damage):
+    StatsLog(tmp_path).add(row(10))
+    with open(tmp_path / "stats.jsonl", "ab") as file:
+        file.write(damage + json.dumps(row(20)).encode() + b"\n")
+    assert [r["step"] for r in StatsLog(tmp_path, up_to_step=50).rows] == [10]
 
 
 def test_an_empty_log_has_an_empty_array_and_a_picture(tmp_path):

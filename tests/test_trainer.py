@@ -126,7 +126,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, how, caps
 
 def test_resume_auto_starts_where_nothing_is_and_ends_where_all_is_done(tmp_path, capsys):
     assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0
-    assert "no run of this configuration" in capsys.readouterr().out
+    assert "no run of this configuration with a checkpoint" in capsys.readouterr().out
     assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert train(tmp_path, "--kimg=0.04", "--resume=auto", "--seed=5") == 0  # another configuration
@@ -204,7 +204,7 @@ def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("fastgan.step.Step.__call__", fail)
     assert train(tmp_path, "--kimg=0.08") == 1
     said = capsys.readouterr().err
-    assert "out of memory at --batch 8, --size 32, --width 4: lower one of them" in said
+    assert "out of memory at --batch 8, --size 32, --width 4, --latent 8: lower one" in said
 
 
 @pytest.mark.parametrize(
@@ -217,12 +217,15 @@ def test_a_full_disk_ends_the_run_with_a_word(tmp_path, monkeypatch, capsys, pla
     monkeypatch.setattr(f"fastgan.{place}", full)
     assert train(tmp_path, "--kimg=0.08") == 1
     said = capsys.readouterr().err
-    assert f"--out {tmp_path}: cannot write the run: [Errno 28] No space left" in said
+    assert f"the run {only_run(tmp_path)} cannot be written: [Errno 28] No space" in said
     assert "Traceback" not in said
     assert list((only_run(tmp_path) / "checkpoints").iterdir()) == []  # nothing half-written
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
     flags = [*FLAGS, "--device=cpu", "--tick-kimg=0.04", "--save-kimg=9"]
     endless = [*flags, "--kimg=1000", f"--out={tmp_path / 'a'}"]
@@ -252,6 +255,40 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
     a, b = tensors(run), tensors(other)
     assert all(torch.equal(a[k], b[k]) for k in a)
     np.testing.assert_array_equal(np.load(run / "losses.npy"), np.load(other / "losses.npy"))
+
+
+def test_training_goes_on_when_the_reader_of_its_output_goes_away(tmp_path):
+    flags = [*FLAGS, "--device=cpu", "--kimg=0.8", "--sample-kimg=0.08", f"--out={tmp_path}"]
+    command = " ".join([sys.executable, "-m", "fastgan", "train", *flags])
+    piped = f"{command} | head -2; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning: stdout is gone (Broken pipe): going on without it" in done.stderr
+    run = only_run(tmp_path)
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+    assert "done: 0.8 kimg" in (run / "log.txt").read_text()
+
+
+def test_a_run_goes_on_from_another_place(tmp_path, monkeypatch, capsys):
+    """Moved, with what it was in replaced by a file, its samples gone, from another folder."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    assert main(["faces", "--count=6", "--size=40", f"--out={first / 'images'}"]) == 0
+    monkeypatch.chdir(first)
+    flags = [f for f in FLAGS if not f.startswith("--data")]
+    assert main(["train", *flags, "--data=images", "--kimg=0.04", "--out=my runs"]) == 0
+    run = only_run(first / "my runs").rename(second / "the run")
+    (first / "my runs").rmdir()
+    (first / "my runs").write_text("in the way")
+    for path in (run / "samples").iterdir():
+        path.unlink()
+    (run / "samples").rmdir()
+    monkeypatch.chdir(second)
+    assert main(["train", "--resume=the run", "--kimg=0.08"]) == 0
+    assert [p.name for p in (run / "samples").iterdir()] == ["fake-000000.080kimg.png"]
+    monkeypatch.chdir(run / "checkpoints")
+    assert main(["train", "--resume=000000.080kimg", "--kimg=0.12"]) == 0
+    assert json.loads((run / "run.json").read_text())["kimg"] == 0.12
 
 
 def test_a_checkpoint_of_another_device_goes_on_with_new_latents(tmp_path, capsys):

@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import socket
 import time
 from collections import Counter, deque
@@ -104,6 +105,7 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         building.mkdir()
+        _check_room(wanted, path, place_flag)
     except OSError as error:
         raise UsageError(
             f"{place_flag}: cannot write the cache {path}: {error.strerror or error}"
@@ -130,11 +132,7 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"writing the cache {path} failed: {error}") from error
-        needed_gb = wanted.count * wanted.size**2 * 3 / 1e9
-        raise RunError(
-            f"no room for the cache {path}: it needs {needed_gb:,.2f} GB; "
-            f"free some, or name another place with {place_flag}"
-        ) from error
+        raise RunError(_no_room(wanted, path, place_flag)) from error
     finally:
         _remove(building)
     seconds = time.monotonic() - began
@@ -144,6 +142,21 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
     if filled.reasons:
         _say_skipped(filled.reasons, wanted.count, path)
     return cache
+
+
+def _check_room(wanted: Wanted, path: Path, place_flag: str) -> None:
+    """Stop before an hour of decoding that cannot fit."""
+    if wanted.count * wanted.size**2 * 3 > shutil.disk_usage(path.parent).free:
+        _remove(_sibling(path, "building"))
+        raise RunError(_no_room(wanted, path, place_flag))
+
+
+def _no_room(wanted: Wanted, path: Path, place_flag: str) -> str:
+    needed_gb = wanted.count * wanted.size**2 * 3 / 1e9
+    return (
+        f"no room for the cache {path}: it needs {needed_gb:,.2f} GB; "
+        f"free some, or name another place with {place_flag}"
+    )
 
 
 @dataclass

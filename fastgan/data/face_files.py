@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,30 +11,35 @@ import numpy as np
 
 from ..errors import RunError
 from ..png_files import png_name, write_pngs
-from .faces import FACTOR_NAMES, factors, render
+from .faces import FACTOR_NAMES, factor_rows, render
 
 DRAWN_PIXELS = 1 << 24  # at a time: 48 MB of RGB
+ROWS = 4096  # of factors at a time
 
 
 def write_faces(folder: Path, count: int, size: int, seed: int) -> None:
-    """`count` faces of `size` px as 000000.png, ... and factors.csv (a row a face) in a folder.
+    """`count` faces of `size` px as 000000.png, ..., then factors.csv with a row a face.
 
     Raises:
         RunError: a file cannot be written.
     """
-    table = factors(count, seed)
+    write_pngs(_drawn(count, size, seed), folder, count)
+    scratch = folder / "factors.tmp"
     try:
-        with open(folder / "factors.csv", "w", newline="") as file:
+        with open(scratch, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", *FACTOR_NAMES])
-            for i, row in enumerate(table):
-                writer.writerow([png_name(i, count), *(f"{value:.6g}" for value in row)])
+            for start in range(0, count, ROWS):
+                for i, row in enumerate(factor_rows(start, min(ROWS, count - start), seed), start):
+                    writer.writerow([png_name(i, count), *(f"{value:.6g}" for value in row)])
+        os.replace(scratch, folder / "factors.csv")
     except OSError as error:
         raise RunError(f"{folder}: {error}") from None
-    write_pngs(_drawn(table, size), folder, count)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
-def _drawn(table: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def _drawn(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
     chunk = max(1, DRAWN_PIXELS // size**2)
-    for start in range(0, len(table), chunk):
-        yield from render(table[start : start + chunk], size)
+    for start in range(0, count, chunk):
+        yield from render(factor_rows(start, min(chunk, count - start), seed), size)

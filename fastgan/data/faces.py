@@ -12,7 +12,15 @@ import torch
 from .face_factors import FACTOR_NAMES, FACTORS, factor_rows, factors, parameters
 from .face_paint import Tile, paint_face
 
-__all__ = ["FACES_VERSION", "FACTORS", "FACTOR_NAMES", "draw_faces", "factors", "render"]
+__all__ = [
+    "FACES_VERSION",
+    "FACTORS",
+    "FACTOR_NAMES",
+    "draw_faces",
+    "factor_rows",
+    "factors",
+    "render",
+]
 
 FACES_VERSION = 1  # raise when any pixel changes: caches of drawn faces are rebuilt by it
 

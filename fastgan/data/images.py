@@ -7,6 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..console import warn
 from ..errors import UsageError
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "pgm", "ppm", "pnm")
@@ -39,7 +40,14 @@ def find_images(folder: Path, flag: str = "--data") -> list[ImageFile]:
     while waiting:
         prefix, here = waiting.pop()
         below = []
-        for entry in _entries(here, visited, flag):
+        try:
+            entries = _entries(here, visited)
+        except OSError as error:
+            if here == folder:
+                raise UsageError(f"{flag}: cannot read {folder}: {error.strerror}") from error
+            warn(f"passed over the folder {here}: {error.strerror}")  # a disk's lost+found
+            continue
+        for entry in entries:
             info = _stat(entry)
             if info is not None and stat.S_ISDIR(info.st_mode):
                 below.append((f"{prefix}{entry.name}/", here / entry.name))
@@ -56,17 +64,14 @@ def find_images(folder: Path, flag: str = "--data") -> list[ImageFile]:
     return sorted(found, key=lambda image: os.fsencode(image.name))
 
 
-def _entries(folder: Path, visited: set[tuple[int, int]], flag: str) -> list[os.DirEntry[str]]:
+def _entries(folder: Path, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
     """What is seen in a folder, by name; nothing where it was visited before."""
-    try:
-        info = folder.stat()
-        if (info.st_dev, info.st_ino) in visited:
-            return []
-        visited.add((info.st_dev, info.st_ino))
-        with os.scandir(folder) as entries:
-            seen = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UsageError(f"{flag}: cannot read the folder {folder}: {error.strerror}") from error
+    info = folder.stat()
+    if (info.st_dev, info.st_ino) in visited:
+        return []
+    visited.add((info.st_dev, info.st_ino))
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith(".")]
     return sorted(seen, key=lambda entry: os.fsencode(entry.name))
 
 

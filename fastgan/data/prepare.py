@@ -12,7 +12,7 @@ from typing import Any
 
 from ..console import say
 from ..errors import UsageError
-from ..paths import slug
+from ..paths import absolute, slug
 from .build import FACES_SEED, Wanted, build, check_place, identity
 from .cache import (
     FILES,
@@ -44,7 +44,7 @@ def prepare(
     cache folder). Raises `UsageError`, naming `flag`, --out or --cache, for what the user can mend,
     and `RunError` for a damaged cache given as the source or a full disk.
     """
-    folder = Path(source).expanduser()
+    folder = Path(absolute(source, flag))
     if source.startswith("faces:"):
         wanted = _want_faces(source, size, flag)
     elif is_cache(folder):
@@ -52,7 +52,7 @@ def prepare(
     else:
         wanted = _want_folder(folder, size, flag)
     place_flag = "--out" if out is not None else "--cache"
-    path = out.expanduser() if out is not None else (root or default_root()) / wanted.folder_name
+    path = out if out is not None else (root or default_root()) / wanted.folder_name
     path = Path(os.path.realpath(path))  # a link in its place would be in the way of the rename
     reason = check_place(path, place_flag)
     if reason is None:
@@ -71,9 +71,14 @@ def prepare(
 
 def default_root() -> Path:
     """Where caches lie unless the user says otherwise."""
-    if own := os.environ.get("FASTGAN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgan"
+    try:
+        if own := os.environ.get("FASTGAN_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgan"
+    except RuntimeError:
+        raise UsageError(
+            "--cache must name a folder for decoded sets here: there is no home directory for one"
+        ) from None
 
 
 def _open_source(folder: Path, size: int, out: Path | None, flag: str) -> Cache:
