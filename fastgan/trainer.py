@@ -166,7 +166,7 @@ class Trainer:
             while self.step_count < self.total_steps and not caught:
                 self.stats.add(self.step(self.feed.next()))
                 self.step_count += 1
-                bar.update(self.images / 1000, bar.note)
+                bar.update(self.images / 1000, bar.note or "first tick")
                 if self._due(config.tick_kimg, TICK_SHARE):
                     row = self._tick()
                     bar.update(self.images / 1000, f"{row['img_per_s']:,.0f} img/s")
