@@ -229,21 +229,26 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
     flags = [*FLAGS, "--device=cpu", "--tick-kimg=0.04", "--save-kimg=9"]
     endless = [*flags, "--kimg=1000", f"--out={tmp_path / 'a'}"]
+    before = signal.signal(number, signal.SIG_DFL)  # a child under nohup would ignore SIGHUP
     child = subprocess.Popen(
         [sys.executable, "-m", "fastgan", "train", *endless],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        time.sleep(0.02)
-        found = list((tmp_path / "a").glob("0*/losses.npy"))
-        if found and len(np.load(found[0])) >= 3:
-            break
+    signal.signal(number, before)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            found = list((tmp_path / "a").glob("0*/losses.npy"))
+            if found and len(np.load(found[0])) >= 3:
+                break
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     run = only_run(tmp_path / "a")
-    child.send_signal(number)
-    out, err = child.communicate(timeout=60)
     assert child.returncode == code, err
     assert "Traceback" not in err and f"fastgan train --resume {run} goes on" in out
     status = json.loads((run / "run.json").read_text())
