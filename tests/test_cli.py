@@ -296,11 +296,11 @@ def test_a_full_or_closed_stdout_is_no_traceback(verb, redirect, code, words):
 
 
 def test_a_terminal_that_knows_only_ascii(tmp_path):
-    args = ["train", "--data", "faces:16", *TINY, "--kimg", "0.016", "--out", "r\u00fc\U0001f600"]
+    out = str(tmp_path / "r\u00fc\U0001f600")
+    args = ["train", "--data", "faces:16", *TINY, "--kimg", "0.016", "--out", out]
     done = subprocess.run(
         [sys.executable, "-m", "fastgan", *args],
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
