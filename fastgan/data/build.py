@@ -99,13 +99,19 @@ def check_place(path: Path, flag: str) -> str | None:
 
 
 def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
+    """Build the cache at `path`, replacing one that is there, and say what came of it.
+
+    Raises:
+        UsageError: `path` cannot be written, or none of the images can be decoded.
+        RunError: the disk is too small or fails.
+    """
     building = _sibling(path, "building")
     began = time.monotonic()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        building.mkdir()
         _check_room(wanted, path, place_flag)
+        building.mkdir()
     except OSError as error:
         raise UsageError(
             f"{place_flag}: cannot write the cache {path}: {error.strerror or error}"
@@ -147,7 +153,6 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
 def _check_room(wanted: Wanted, path: Path, place_flag: str) -> None:
     """Stop before an hour of decoding that cannot fit."""
     if wanted.count * wanted.size**2 * 3 > shutil.disk_usage(path.parent).free:
-        _remove(_sibling(path, "building"))
         raise RunError(_no_room(wanted, path, place_flag))
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fastgan.data import images
 from fastgan.data.images import find_images
 from fastgan.errors import UsageError
 
@@ -86,3 +87,24 @@ def test_nothing_to_find(tmp_path, what):
         find_images(path, "--real")
     message = str(caught.value)
     assert message.startswith("--real") and what in message and str(path) in message
+
+
+def test_a_folder_that_cannot_be_read_is_passed_over_with_a_warning(tmp_path, monkeypatch, capsys):
+    """As a disk's lost+found; what was asked for itself is an error."""
+    touch(tmp_path / "a.jpg")
+    touch(tmp_path / "lost" / "b.jpg")
+    entries = images._entries
+
+    def refuse(folder, visited):
+        if folder.name == refused:
+            raise PermissionError(13, "Permission denied")
+        return entries(folder, visited)
+
+    monkeypatch.setattr(images, "_entries", refuse)
+    refused = "lost"
+    assert [image.name for image in find_images(tmp_path)] == ["a.jpg"]
+    said = capsys.readouterr().err
+    assert said == f"warning: passed over the folder {tmp_path / 'lost'}: Permission denied\n"
+    refused = tmp_path.name
+    with pytest.raises(UsageError, match=f"--data: cannot read {tmp_path}: Permission denied"):
+        find_images(tmp_path)
