@@ -26,7 +26,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -84,9 +83,8 @@ def save(
     if final.exists():  # saved at this very step already
         return final
     folder.mkdir(exist_ok=True)
-    for stale in folder.glob(
-        ".*.tmp"
-    ):  # of a process that was killed: the run's lock says it is gone
+    # of a process that was killed: the run's lock says that it is gone
+    for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     scratch = folder / f".{final.name}.tmp"
     scratch.mkdir()

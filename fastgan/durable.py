@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A path beside `path`, of the same suffix, to write to: renamed over it when the block ends
+    well, gone when not.
+    """
+    scratch = path.with_name(f".tmp.{path.name}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Give `path` new content in one piece: written beside, then renamed over it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    write_flushed(scratch, content)
-    os.replace(scratch, path)
+    """Give `path` new content in one piece, flushed to the disk."""
+    with beside(path) as scratch:
+        write_flushed(scratch, content)
 
 
 def write_flushed(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from . import console
+from .durable import beside
 from .env import cores
 from .errors import RunError
 
@@ -32,14 +32,9 @@ def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
 
     def write(numbered: tuple[int, np.ndarray]) -> None:
         number, pixels = numbered
-        path = folder / png_name(number, count)
-        scratch = path.with_suffix(".tmp")
-        try:
+        with beside(folder / png_name(number, count)) as scratch:
             # level 1: a fifth larger than the default, several times faster
-            Image.fromarray(pixels).save(scratch, "PNG", compress_level=1)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+            Image.fromarray(pixels).save(scratch, compress_level=1)
 
     waiting = enumerate(images)
     done = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torchvision.utils import make_grid
 from . import console
 from .checkpoint import Checkpoint, find, under
 from .config import PixelRange, SampleCommand, config_from
+from .durable import beside
 from .env import pick_device
 from .errors import RunError, UsageError
 from .models import Generator
@@ -70,12 +70,8 @@ def grid(images: Tensor) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write beside and rename, so that a viewer never meets half a picture."""
-    scratch = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
+    with beside(path) as scratch:
         picture.save(scratch, quality=92)  # of JPEG and WebP; PNG takes none
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_generator(checkpoint: Checkpoint, ema: bool, device: torch.device) -> Generator:
@@ -111,17 +107,17 @@ def sample(command: SampleCommand) -> None:
         target = picture_file(named, GRID_SUFFIXES, "--out")
     generator = load_generator(checkpoint, command.ema, device)
     pieces = generate(generator, latents(command.seed, command.count, generator.latent))
-    weights = "averaged" if command.ema else "trained"
-    from_ = f"{weights} weights of {checkpoint.path}"
     if command.each is not None:
         write_pngs((image for piece in pieces for image in piece.numpy()), target, command.count)
-        console.say(f"{command.count:,} images from the {from_}: {target}")
-        return
-    try:
-        save_picture(grid(torch.cat(list(pieces))), target)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {target} cannot be written: {error}") from None
-    console.say(f"{command.count:,} images from the {from_}: {target}")
+    else:
+        try:
+            save_picture(grid(torch.cat(list(pieces))), target)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--out {target} cannot be written: {error}") from None
+    weights = "averaged" if command.ema else "trained"
+    console.say(
+        f"{command.count:,} images from the {weights} weights of {checkpoint.path}: {target}"
+    )
 
 
 def _default_out(checkpoint: Checkpoint, seed: int) -> Path:

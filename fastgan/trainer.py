@@ -113,6 +113,9 @@ class Trainer:
             one_pass=device.type == "cuda",
             compile=compiled,
         )
+        # what a checkpoint holds, by the names it has there
+        self.networks = {"g": self.g, "d": self.d, "ema": self.ema.network}
+        self.adams = {"g": (self.adam_g, self.g), "d": (self.adam_d, self.d)}
         self.stats = Accumulator(device)
         self.step_count = 0
         epochs_img = (config.epochs or 0) * len(cache.images)
@@ -257,11 +260,9 @@ class Trainer:
             run.status("running", self.step_count, self.images)
 
     def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
-        networks = {"g": self.g, "d": self.d, "ema": self.ema.network}
-        adams = {"g": (self.adam_g, self.g), "d": (self.adam_d, self.d)}
         return {
-            "model": _prefixed({k: net.state_dict() for k, net in networks.items()}),
-            "optim": _prefixed({k: adam_tensors(*pair) for k, pair in adams.items()}),
+            "model": _prefixed({k: net.state_dict() for k, net in self.networks.items()}),
+            "optim": _prefixed({k: adam_tensors(*pair) for k, pair in self.adams.items()}),
             "state": {
                 "random.latents": self.random.get_state(),
                 "ema.steps": self.ema.steps,
@@ -285,17 +286,17 @@ class Trainer:
         meta, data = start.meta, start.meta["data"]
         if data.get("identity") != self.cache.meta.identity:
             raise UsageError(
-                f"--data {self.config.data} is not what the run was trained on: {data['count']:,} "
-                f"images then, {len(self.cache.images):,} now, or other files; start a new run"
+                f"--data {self.config.data} is not what the run was trained on: "
+                f"{data.get('count', 0):,} images then, {len(self.cache.images):,} now, or other "
+                "files; start a new run"
             )
         model, optim, state = (start.tensors(part) for part in checkpoint.PARTS)
         try:
-            for name, network in (("g", self.g), ("d", self.d), ("ema", self.ema.network)):
+            for name, network in self.networks.items():
                 copy_into(network.state_dict(), checkpoint.under(model, f"{name}."), name)
-            for name, pair in (("g", (self.adam_g, self.g)), ("d", (self.adam_d, self.d))):
-                copy_into(
-                    adam_tensors(*pair), checkpoint.under(optim, f"{name}."), f"Adam of {name}"
-                )
+            for name, pair in self.adams.items():
+                saved = checkpoint.under(optim, f"{name}.")
+                copy_into(adam_tensors(*pair), saved, f"Adam of {name}")
         except ValueError as error:
             raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
         if meta["device"] == self.device.type:

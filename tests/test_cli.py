@@ -19,11 +19,10 @@ from fastgan.cli import main
 TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
 
 
-def fastgan(*args, cwd=None):
+def fastgan(*args):
     """A process of its own, as a shell would start it."""
     return subprocess.run(
         [sys.executable, "-m", "fastgan", *map(str, args)],
-        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
@@ -283,8 +282,6 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
     [(">/dev/full", 1, "No space left on device"), (">&-", 0, ""), ("2>&-", 0, "")],
 )
 def test_a_full_or_closed_stdout_is_no_traceback(verb, redirect, code, words):
-    if verb == "--help" and redirect == ">&-":
-        code = 0
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m fastgan {verb} {redirect}"],
         capture_output=True,

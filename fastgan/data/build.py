@@ -300,9 +300,8 @@ def _install(building: Path, path: Path, fingerprint: str) -> Cache:
     Of two that finish at once, the second finds the first one's and drops its own.
     """
     flush_folder(building)
-    own = replace(
-        read_cache(building), path=path
-    )  # opened here: once in place, it may be replaced again
+    # opened here: once in place, it may be replaced again
+    own = replace(read_cache(building), path=path)
     retired = _sibling(path, "old")
     for _ in range(100):
         try:

@@ -86,6 +86,7 @@ class DamagedError(Exception):
 
 
 def read_cache(path: Path) -> Cache:
+    """The cache at `path`, its array of the length that meta.json says; else `DamagedError`."""
     try:
         text = json.loads((path / META).read_text(encoding="utf-8"))
         if text["format_version"] != FORMAT_VERSION:
@@ -113,4 +114,5 @@ def read_cache(path: Path) -> Cache:
 
 
 def summary(cache: Cache) -> str:
+    """A cache in a line: how many images, how large, and where."""
     return f"cache: {cache.meta.count:,} images of {cache.meta.size} px in {cache.path}"

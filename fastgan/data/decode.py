@@ -56,9 +56,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-logging.getLogger("PIL").addHandler(
-    logging.NullHandler()
-)  # else its notes on odd TIFFs go to stderr
+# else its notes on odd TIFFs go to stderr
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class Decoder:
@@ -136,9 +135,8 @@ class PillowDecoder(Decoder):
         except Image.DecompressionBombError as error:  # raised before the sides are known
             pixels = re.search(r"\d+", str(error))
             return f"too large: {int(pixels[0]) if pixels else 0:,} pixels, over {MAX_PIXELS:,}"
-        except (
-            Exception
-        ) as error:  # the plugins let anything through, SyntaxError and struct.error too
+        except Exception as error:
+            # the plugins let anything through, SyntaxError and struct.error too
             text = " ".join(str(error).split())[:120] or type(error).__name__
             return f"{'truncated' if 'truncated' in text else 'damaged'} {kind or 'file'}: {text}"
 
@@ -315,7 +313,6 @@ def _orientation(image: Image.Image) -> int:
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
         return int(exif.get(ORIENTATION_TAG, 1))
-    except (
-        Exception
-    ):  # a damaged EXIF block, in as many ways as there are; the picture may be sound
+    except Exception:
+        # a damaged EXIF block, in as many ways as there are; the picture may be sound
         return 1

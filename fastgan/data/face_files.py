@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ..durable import beside
 from ..errors import RunError
 from ..png_files import png_name, write_pngs
 from .faces import FACTOR_NAMES, factor_rows, render
@@ -24,19 +24,15 @@ def write_faces(folder: Path, count: int, size: int, seed: int) -> None:
         RunError: a file cannot be written.
     """
     write_pngs(_drawn(count, size, seed), folder, count)
-    scratch = folder / "factors.tmp"
     try:
-        with open(scratch, "w", newline="") as file:
+        with beside(folder / "factors.csv") as scratch, open(scratch, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", *FACTOR_NAMES])
             for start in range(0, count, ROWS):
                 for i, row in enumerate(factor_rows(start, min(ROWS, count - start), seed), start):
                     writer.writerow([png_name(i, count), *(f"{value:.6g}" for value in row)])
-        os.replace(scratch, folder / "factors.csv")
     except OSError as error:
         raise RunError(f"{folder}: {error}") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _drawn(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
