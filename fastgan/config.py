@@ -67,6 +67,7 @@ def _pixel_range(value: PixelRange) -> PixelRange:
 
 Size = Annotated[int, AfterValidator(_size)]
 Device = Literal["auto", "cpu", "cuda"]
+Kernels = Literal["auto", "triton", "torch"]
 # Options that may be unset: the help text says what happens then, so tyro's "(default: None)" is
 # left away.
 Kimg = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -121,6 +122,10 @@ class TrainConfig(Options):
     """
     compile: bool = False
     """Compile both networks with torch.compile."""
+    kernels: Kernels = "auto"
+    """Operators for batch norm + activation, image gather and Adam: fastgan's own (triton) or
+    PyTorch's (torch); auto takes fastgan's on an NVIDIA GPU.
+    """
     device: Device = "auto"
     """Where to train; auto takes the GPU where there is one."""
     seed: int = Field(999, ge=0, lt=2**63)

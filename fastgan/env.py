@@ -94,6 +94,35 @@ def compile_line(device: torch.device) -> tuple[bool, str]:
     )
 
 
+def pick_kernels(name: str, device: torch.device) -> tuple[str, str]:
+    """The operators that `--kernels` means on `device`, "triton" or "torch", and a line that says
+    which and why.
+
+    Raises:
+        UsageError: "triton" where it cannot run.
+    """
+    why = _why_no_kernels(device)
+    if name == "triton" and why:
+        raise UsageError(f"--kernels triton: the kernels {why}; auto takes PyTorch's own here")
+    if name == "torch":
+        return "torch", "PyTorch's own (--kernels torch)"
+    if why or (name == "auto" and device.type == "cpu"):
+        return "torch", f"PyTorch's own (fastgan's Triton kernels {why or 'are not for a CPU'})"
+    return "triton", f"fastgan's, by Triton {version_of('triton')}"
+
+
+def _why_no_kernels(device: torch.device) -> str:
+    """What the Triton kernels lack on `device`, or ""."""
+    if device.type == "cpu":
+        # Triton's interpreter runs them on a CPU, for tests: a thousand times slower
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and version_of("triton")
+        return "" if interpreted else "need an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "need a card of sm_80 or newer"
+    lack = missing_for_triton()
+    return f"need {lack}" if lack else ""
+
+
 def cpu_flags() -> set[str]:
     """The instruction sets of the CPU, as Linux names them; empty elsewhere."""
     return set(_cpuinfo("flags").split())
@@ -234,6 +263,7 @@ def info(decoder: str) -> str:
         ("GPU", "in use" if device.type == "cuda" else f"off: {why_no_gpu()}"),
         ("--amp", amp_dtype(device)[1]),
         ("--compile", compile_line(device)[1]),
+        ("--kernels", pick_kernels("auto", device)[1]),
         ("Triton", triton_line),
         ("C++ compiler", cxx_compiler() or "none found: --compile on a CPU needs one"),
         ("decoder", decoder),

@@ -7,23 +7,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+import fastgan_kernels as kernels
+from fastgan_kernels.adam import MOMENTS
+
 from .models import Generator
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.Adam's names
 # The average's half-life is at most this share of the images seen (StyleGAN2-ADA's ema_rampup).
 RAMP = 0.05
 
 
+Adam = torch.optim.Adam | kernels.Adam
+
+
 def make_adam(
-    network: nn.Module, lr: float, betas: tuple[float, float], eps: float = 1e-8
-) -> torch.optim.Adam:
-    """torch's fused Adam over a network, its state made at once and its learning rate a tensor on
-    the device.
+    network: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+    impl: str = "torch",
+    ema: Ema | None = None,
+) -> Adam:
+    """Adam over a network, its state made at once and its learning rate a tensor on the device:
+    torch's fused one ("torch"), or fastgan's ("triton"), which then moves `ema` in the same launch.
 
     Nothing is then left to be allocated or branched on in the first step, and a schedule can write
     a new learning rate into `param_groups[0]["lr"]` without touching a captured graph.
     """
     params = list(network.parameters())
+    if impl == "triton":
+        if ema is not None:
+            ema.moved_by_adam = True
+        average = ema.average if ema is not None else None
+        return kernels.Adam(params, lr, betas, eps, average=average, impl=impl)
     lr_tensor = torch.tensor(lr, dtype=torch.float64, device="cpu").to(
         params[0].device, torch.promote_types(params[0].dtype, torch.float32)
     )
@@ -38,7 +53,7 @@ def make_adam(
     return adam
 
 
-def adam_tensors(adam: torch.optim.Adam, network: nn.Module) -> dict[str, Tensor]:
+def adam_tensors(adam: Adam, network: nn.Module) -> dict[str, Tensor]:
     """Adam's state by parameter name: `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq`."""
     return {
         f"{name}.{key}": adam.state[p][key]
@@ -77,24 +92,25 @@ class Ema:
     ) -> None:
         """`average` is a second generator like `source`, of which it becomes a copy."""
         self.network = average.requires_grad_(False)
-        self.batch, self.half_life_img = batch, half_life_img
-        theirs, ours = dict(source.state_dict()), dict(average.state_dict())
-        copy_into(ours, theirs, "Ema")
-        pairs = [(ours[name], theirs[name]) for name in ours]
-        self._ours = [a for a, _ in pairs if a.is_floating_point()]
-        self._theirs = [b for a, b in pairs if a.is_floating_point()]
-        self._counts = [(a, b) for a, b in pairs if not a.is_floating_point()]
+        copy_into(average.state_dict(), source.state_dict(), "Ema")
+        self._params = list(source.parameters())
+        buffers = list(zip(source.buffers(), average.buffers(), strict=True))
+        self._counts = [pair for pair in buffers if not pair[0].is_floating_point()]
         # On the device and advanced there, so that a captured step averages as a plain one does.
-        self.steps = torch.zeros((), dtype=torch.float64, device=self._ours[0].device)
+        self.steps = torch.zeros((), dtype=torch.float64, device=self._params[0].device)
+        self.average = kernels.Average(
+            params=list(average.parameters()),
+            buffers=[pair for pair in buffers if pair[0].is_floating_point()],
+            step=self.steps,
+            half_life=half_life_img / batch,
+            ramp=RAMP,
+        )
+        self.moved_by_adam = False  # whether the generator's Adam moves the average in its launch
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average after a step of the generator."""
-        self.steps += 1
-        half_life = (self.steps * (self.batch * RAMP)).clamp_(max=self.half_life_img)
-        weight = 1 - torch.exp2(-self.batch / half_life)
-        change = torch._foreach_sub(self._theirs, self._ours)
-        torch._foreach_mul_(change, weight.to(self._ours[0].dtype))
-        torch._foreach_add_(self._ours, change)
-        for ours, theirs in self._counts:
+        if not self.moved_by_adam:
+            self.average.move(self._params)
+        for theirs, ours in self._counts:
             ours.copy_(theirs)

@@ -16,7 +16,7 @@ from . import console
 from .checkpoint import Checkpoint, find, under
 from .config import PixelRange, SampleCommand, config_from
 from .durable import beside
-from .env import pick_device
+from .env import pick_device, pick_kernels
 from .errors import RunError, UsageError
 from .models import Generator
 from .optim import copy_into
@@ -81,7 +81,8 @@ def load_generator(checkpoint: Checkpoint, ema: bool, device: torch.device) -> G
     (`optim.Ema`).
     """
     config = config_from(checkpoint.meta["config"], f"{checkpoint.path}: ")
-    generator = Generator(config.size, config.latent, config.width, config.pixel_range)
+    impl, _ = pick_kernels("auto", device)
+    generator = Generator(config.size, config.latent, config.width, config.pixel_range, impl)
     saved = under(checkpoint.tensors("model"), "ema." if ema else "g.")
     try:
         copy_into(generator.state_dict(), saved, str(checkpoint.path))

@@ -23,7 +23,7 @@ from .config import PixelRange
 from .data.feed import Batch
 from .losses import d_non_saturating, g_non_saturating, widen
 from .models import Discriminator, Generator
-from .optim import Ema
+from .optim import Adam, Ema
 
 
 class StepStats(NamedTuple):
@@ -53,14 +53,15 @@ class Step:
         one_pass: real and fake through D together; False for two passes, which is the same
             function.
         compile: compile both networks with torch.compile.
+        impl: the image gather's, "triton" or "torch"; networks and optimizers have their own.
     """
 
     def __init__(
         self,
         generator: Generator,
         discriminator: Discriminator,
-        adam_g: torch.optim.Adam,
-        adam_d: torch.optim.Adam,
+        adam_g: Adam,
+        adam_d: Adam,
         ema: Ema | None,
         *,
         batch: int,
@@ -69,12 +70,13 @@ class Step:
         amp_dtype: torch.dtype | None = None,
         one_pass: bool = True,
         compile: bool = False,
+        impl: str = "auto",
     ) -> None:
         weight = next(generator.parameters())
         self.generator, self.discriminator = generator, discriminator
         self.adam_g, self.adam_d, self.ema = adam_g, adam_d, ema
         self.batch, self.random, self.pixel_range = batch, random, pixel_range
-        self.amp_dtype, self.one_pass = amp_dtype, one_pass
+        self.amp_dtype, self.one_pass, self.impl = amp_dtype, one_pass, impl
         self.dtype = amp_dtype or weight.dtype
         self.device = weight.device
         self.latents = torch.empty(
@@ -89,7 +91,13 @@ class Step:
 
     def __call__(self, batch: Batch) -> StepStats:
         """Update D, then G, on `batch` (B images of the resident set) and fresh latents."""
-        real = gather_u8(batch.images, batch.index, dtype=self.dtype, value_range=self.pixel_range)
+        real = gather_u8(
+            batch.images,
+            batch.index,
+            dtype=self.dtype,
+            value_range=self.pixel_range,
+            impl=self.impl,
+        )
         self.draw_latents()
         with self._autocast():
             fake = self._g(self.latents)
@@ -122,7 +130,7 @@ class Step:
         self._descend(loss, self.adam_g)
         return loss.detach()
 
-    def _descend(self, loss: Tensor, adam: torch.optim.Adam) -> None:
+    def _descend(self, loss: Tensor, adam: Adam) -> None:
         adam.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(adam)

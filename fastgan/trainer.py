@@ -19,7 +19,15 @@ from .config import TrainConfig, to_plain
 from .data.cache import Cache
 from .data.feed import ResidentFeed
 from .data.prepare import prepare
-from .env import amp_dtype, compile_line, environment, full_line, machine_line, pick_device
+from .env import (
+    amp_dtype,
+    compile_line,
+    environment,
+    full_line,
+    machine_line,
+    pick_device,
+    pick_kernels,
+)
 from .errors import RunError, UsageError
 from .models import Discriminator, Generator, init_weights
 from .optim import Ema, adam_tensors, copy_into, make_adam
@@ -83,20 +91,21 @@ class Trainer:
         self.config, self.cache, self.device = config, cache, device
         amp, self.precision_line = amp_dtype(device) if config.amp else (None, full_line(device))
         compiled, self.compile_line = compile_line(device) if config.compile else (False, "off")
+        impl, self.kernels_line = pick_kernels(config.kernels, device)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
         random = torch.Generator().manual_seed(config.seed)
-        shape = (config.size, config.latent, config.width, config.pixel_range)
-        self.g, self.d = Generator(*shape), Discriminator(config.size, config.width)
+        shape = (config.size, config.latent, config.width, config.pixel_range, impl)
+        self.g, self.d = Generator(*shape), Discriminator(config.size, config.width, impl)
         average = Generator(*shape)
         init_weights(self.g, random)
         init_weights(self.d, random)
         for network in (self.g, self.d, average):
             network.to(device).to(memory_format=torch.channels_last)
         betas = (config.beta1, config.beta2)
-        self.adam_g = make_adam(self.g, config.lr_g, betas)
-        self.adam_d = make_adam(self.d, config.lr_d, betas)
         self.ema = Ema(self.g, average, config.batch, config.ema_kimg * 1000)
+        self.adam_g = make_adam(self.g, config.lr_g, betas, impl=impl, ema=self.ema)
+        self.adam_d = make_adam(self.d, config.lr_d, betas, impl=impl)
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.feed = ResidentFeed(cache.images, config.batch, config.seed, device)
         self.step = Step(
@@ -112,6 +121,7 @@ class Trainer:
             # two small passes stay in a CPU's caches: 140 img/s against 119 (width 64, batch 128)
             one_pass=device.type == "cuda",
             compile=compiled,
+            impl=impl,
         )
         # what a checkpoint holds, by the names it has there
         self.networks = {"g": self.g, "d": self.d, "ema": self.ema.network}
@@ -327,6 +337,7 @@ class Trainer:
                 f"from {self.cache.path}"
             ),
             "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last",
+            "kernels": self.kernels_line,
             "precision": self.precision_line,
             "compile": self.compile_line,
             "length": (

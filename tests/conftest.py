@@ -1,4 +1,6 @@
-"""One thread and one seed for each test, a cache folder of its own, no `gpu` test without a GPU."""
+"""One thread and one seed for each test, a cache folder of its own, no `gpu` test without a GPU,
+Triton's interpreter instead.
+"""
 
 import os
 
@@ -8,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when fastgan_kernels is imported
 
 
 def pytest_collection_modifyitems(items):

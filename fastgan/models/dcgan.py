@@ -31,10 +31,12 @@ def channels(size: int, width: int) -> list[int]:
 class UpBlock(nn.Module):
     """Transposed convolution, batch norm, ReLU."""
 
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int) -> None:
+    def __init__(
+        self, cin: int, cout: int, kernel: int, stride: int, padding: int, impl: str
+    ) -> None:
         super().__init__()
         self.conv = nn.ConvTranspose2d(cin, cout, kernel, stride, padding, bias=False)
-        self.norm = BatchNormAct2d(cout, act="relu")
+        self.norm = BatchNormAct2d(cout, act="relu", impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -43,10 +45,10 @@ class UpBlock(nn.Module):
 class DownBlock(nn.Module):
     """Convolution that halves the map, batch norm with `groups` of statistics, LeakyReLU."""
 
-    def __init__(self, cin: int, cout: int) -> None:
+    def __init__(self, cin: int, cout: int, impl: str) -> None:
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, 4, 2, 1, bias=False)
-        self.norm = BatchNormAct2d(cout, act="leaky_relu", negative_slope=LEAKY_SLOPE)
+        self.norm = BatchNormAct2d(cout, act="leaky_relu", negative_slope=LEAKY_SLOPE, impl=impl)
 
     def forward(self, x: Tensor, groups: int) -> Tensor:
         return self.norm(self.conv(x), groups)
@@ -54,7 +56,7 @@ class DownBlock(nn.Module):
 
 class Generator(nn.Module):
     """Latents [B, latent] to images [B, 3, size, size] in `pixel_range` (tanh for [-1, 1], sigmoid
-    for [0, 1]).
+    for [0, 1]). `impl` is `bn_act`'s.
     """
 
     def __init__(
@@ -63,14 +65,15 @@ class Generator(nn.Module):
         latent: int = 100,
         width: int = 64,
         pixel_range: PixelRange = (-1.0, 1.0),
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         base, _ = split_size(size)
         inner = channels(size, width)
         self.size, self.latent, self.pixel_range = size, latent, pixel_range
-        self.blocks = nn.ModuleList([UpBlock(latent, inner[0], base, 1, 0)])
+        self.blocks = nn.ModuleList([UpBlock(latent, inner[0], base, 1, 0, impl)])
         for cin, cout in zip(inner, inner[1:], strict=False):
-            self.blocks.append(UpBlock(cin, cout, 4, 2, 1))
+            self.blocks.append(UpBlock(cin, cout, 4, 2, 1, impl))
         self.last = nn.ConvTranspose2d(inner[-1], 3, 4, 2, 1, bias=False)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -83,17 +86,17 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Images [B, 3, size, size] to logits [B]; `groups` parts of the batch have batch-norm
-    statistics of their own.
+    statistics of their own. `impl` is `bn_act`'s.
     """
 
-    def __init__(self, size: int = 64, width: int = 64) -> None:
+    def __init__(self, size: int = 64, width: int = 64, impl: str = "auto") -> None:
         super().__init__()
         base, _ = split_size(size)
         inner = channels(size, width)[::-1]
         self.size = size
         self.first = nn.Conv2d(3, inner[0], 4, 2, 1, bias=False)
         self.blocks = nn.ModuleList(
-            DownBlock(cin, cout) for cin, cout in zip(inner, inner[1:], strict=False)
+            DownBlock(cin, cout, impl) for cin, cout in zip(inner, inner[1:], strict=False)
         )
         self.last = nn.Conv2d(inner[-1], 1, base, 1, 0, bias=False)
 

@@ -1,8 +1,21 @@
-"""Operators for channels-last CNNs: batch norm + activation, image gather. Imports torch, never
-fastgan.
+"""Operators for channels-last CNNs: batch norm + activation, image gather, Adam. Imports torch and
+triton, never fastgan.
 """
 
-from .bn_act import BatchNormAct2d, bn_act, bn_act_ref
+from .adam import Adam
+from .adam_ema import Average, adam_ema, adam_ema_ref
+from .batch_norm_act import BatchNormAct2d
+from .bn_act import bn_act, bn_act_ref
 from .gather_u8 import gather_u8, gather_u8_ref
 
-__all__ = ["BatchNormAct2d", "bn_act", "bn_act_ref", "gather_u8", "gather_u8_ref"]
+__all__ = [
+    "Adam",
+    "Average",
+    "BatchNormAct2d",
+    "adam_ema",
+    "adam_ema_ref",
+    "bn_act",
+    "bn_act_ref",
+    "gather_u8",
+    "gather_u8_ref",
+]

@@ -7,25 +7,32 @@ over (N/groups, H, W): the same function as one call a part. The running statist
 part by part, in order, with the unbiased variance, as `nn.BatchNorm2d` does (Ioffe and Szegedy
 2015, algorithm 1 and section 3.1).
 
-    x, y                        [N, C, H, W] in float64, float32, bfloat16 or float16;
-                                channels-last is the fast layout
+    x, y                        [N, C, H, W] in float32, bfloat16 or float16 (float64 by PyTorch's
+                                own operators); channels-last is the fast layout
     weight, bias,
     running_mean, running_var   [C] float32 (float64 beside a float64 x)
+    num_batches_tracked         [] int64
 
-Statistics are computed in float32 at least, whatever x is stored in. One layer moves, per element
-of x and counted in its storage type: forward 1 read for the statistics, 1 read and 1 write to
-apply; backward 2 reads to reduce, 2 reads and 1 write to apply. What `F.batch_norm` followed by an
-activation really moves is more, and depends on the backend.
+Statistics are computed in float32 at least, whatever x is stored in. Saved for backward: x, the two
+statistics a group, weight and bias; the activation's mask is computed from x again. One layer
+moves, per element of x and counted in its storage type: forward 1 read for the statistics, 1 read
+and 1 write to apply; backward 2 reads to reduce, 2 reads and 1 write to apply; two launches each
+(`bn_act_kernels`). What `F.batch_norm` followed by an activation really moves is more, and depends
+on the backend.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from . import bn_act_kernels as fused
+from . import bn_act_plain as plain
+from ._launch import choose
+from .bn_act_plain import Reduce
 
 ACTS = ("relu", "leaky_relu", "none")
-IMPLS = ("auto", "torch", "ref")
 
 
 def bn_act_ref(
@@ -58,16 +65,8 @@ def bn_act_ref(
         scale = weight.to(wide) * torch.rsqrt(var + eps)
         shift = bias.to(wide) - mean * scale
         z = v * scale[:, None, None] + shift[:, None, None]
-        parts.append(_act(z, act, negative_slope).to(x.dtype))
+        parts.append(plain.activate(z, act, negative_slope).to(x.dtype))
     return torch.cat(parts)
-
-
-def _act(z: Tensor, act: str, negative_slope: float) -> Tensor:
-    if act == "relu":
-        return F.relu(z)
-    if act == "leaky_relu":
-        return F.leaky_relu(z, negative_slope)
-    return z
 
 
 def _bn_act_torch(
@@ -98,6 +97,65 @@ def _bn_act_torch(
     return parts[0] if groups == 1 else torch.cat(parts)
 
 
+class _BnAct(torch.autograd.Function):
+    """The operator from its four parts, `fused` or `plain`, with room for a reduction between
+    them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+        act: str,
+        negative_slope: float,
+        groups: int,
+        is_fused: bool,
+        reduce: Reduce | None,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        tracked = (running_mean, running_var, num_batches_tracked)
+        total = None
+        if not training:  # constants, the same for every part
+            mean, var = running_mean[None], running_var[None]
+        elif is_fused:
+            mean, var = fused.bn_act_stats(x, *tracked, groups, momentum, reduce is None)
+        else:
+            mean, var = plain.bn_act_stats(x, groups)
+        if training and reduce is not None:
+            mean, var, total = plain.merge(mean, var, fused.rows(x, groups), reduce)
+            plain.track(mean, var, total, *tracked, momentum)
+        ctx.save_for_backward(x, mean, var, weight, bias, total)
+        ctx.options = (eps, act, negative_slope)
+        ctx.training, ctx.groups, ctx.is_fused, ctx.reduce = training, groups, is_fused, reduce
+        apply = fused.bn_act_apply if is_fused else plain.bn_act_apply
+        return apply(x, mean, var, weight, bias, eps, act, negative_slope)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, var, weight, bias, total = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        given = (x, dy, mean, var, weight, bias)
+        ops: Any = fused if ctx.is_fused else plain
+        sums, dweight, dbias = ops.bn_act_grad_sums(*given, *ctx.options)
+        per_value = 1.0 / fused.rows(x, ctx.groups) if ctx.training else 0.0
+        if ctx.reduce is not None and ctx.training:
+            ctx.reduce(sums)
+            sums, per_value = sums / total[:, :, None], 1.0
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.bn_act_grad_apply(*given, sums, per_value, *ctx.options)
+        return dx, dweight, dbias, *(None,) * 11
+
+
 def bn_act(
     x: Tensor,
     weight: Tensor,
@@ -111,6 +169,8 @@ def bn_act(
     act: str = "relu",
     negative_slope: float = 0.2,
     groups: int = 1,
+    num_batches_tracked: Tensor | None = None,
+    reduce: Reduce | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Batch norm and activation over [N, C, H, W]; see the top of this file.
@@ -119,16 +179,49 @@ def bn_act(
         training: normalise by the batch and update the running statistics in place; else by the
             running statistics.
         momentum: the weight of the new statistics, 0 to 1.
-        act: "relu", "leaky_relu" (with `negative_slope`) or "none".
+        act: "relu", "leaky_relu" (with `negative_slope`, 0 or more) or "none".
         groups: how many equal parts of the batch have statistics of their own.
-        impl: "torch" calls `F.batch_norm`, "ref" the definition; "auto" is "torch".
+        num_batches_tracked: counted up by `groups` in training.
+        reduce: adds a tensor up over all processes, in place (`torch.distributed.all_reduce`):
+            each part's statistics are then those of all processes together, whose parts may differ
+            in size. Called once in forward (float64) and once in backward (float32), by training
+            alone. The gradients of weight and bias stay this process's own sums.
+        impl: "triton", "torch" (`F.batch_norm`), "ref" (the definition); "auto" is "triton" on an
+            NVIDIA GPU for float32, bfloat16 and float16, "torch" elsewhere. Only "torch" and "ref",
+            without `reduce`, can be differentiated twice.
 
     Raises:
         ValueError: a shape, option or group count that does not fit, or a part of a single value a
             channel.
     """
-    _check(x, weight, bias, running_mean, running_var, training, act, groups, impl)
-    run = bn_act_ref if impl == "ref" else _bn_act_torch
+    named = {"weight": weight, "bias": bias}
+    named |= {"running_mean": running_mean, "running_var": running_var}
+    kind = choose("bn_act", impl, x, supported=weight.dtype == torch.float32)
+    _check(x, named, training, act, negative_slope, groups)
+    if kind == "triton":
+        _check_fused(x, named)
+    if kind == "triton" or (reduce is not None and training):
+        if num_batches_tracked is None:
+            num_batches_tracked = torch.empty((), dtype=torch.int64, device=x.device)
+        return _BnAct.apply(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            act,
+            negative_slope,
+            groups,
+            kind == "triton",
+            reduce,
+        )
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(groups)
+    run = bn_act_ref if kind == "ref" else _bn_act_torch
     return run(
         x,
         weight,
@@ -146,28 +239,19 @@ def bn_act(
 
 def _check(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    named: dict[str, Tensor],
     training: bool,
     act: str,
+    negative_slope: float,
     groups: int,
-    impl: str,
 ) -> None:
     if x.dim() != 4:
         raise ValueError(f"bn_act: x must have 4 dimensions [N, C, H, W], got {tuple(x.shape)}")
     if act not in ACTS:
         raise ValueError(f"bn_act: act must be one of {', '.join(ACTS)}, got {act!r}")
-    if impl not in IMPLS:
-        raise ValueError(f"bn_act: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if negative_slope < 0:
+        raise ValueError(f"bn_act: negative_slope must be 0 or more, got {negative_slope}")
     count, channels = x.shape[0], x.shape[1]
-    named = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
     for name, vector in named.items():
         if tuple(vector.shape) != (channels,):
             got = tuple(vector.shape)
@@ -181,48 +265,12 @@ def _check(
         )
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` and the activation behind it; parameters, buffers and state_dict are
-    `nn.BatchNorm2d`'s.
-
-    `forward(x, groups)` counts each group as one tracked batch, as `groups` separate calls would.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(
-        self,
-        num_features: int,
-        act: str = "relu",
-        negative_slope: float = 0.2,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        impl: str = "auto",
-    ) -> None:
-        if momentum is None:
-            raise ValueError("BatchNormAct2d: momentum must be a number from 0 to 1, got None")
-        super().__init__(num_features, eps=eps, momentum=momentum)
-        self.act, self.negative_slope, self.impl = act, negative_slope, impl
-
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        if self.training:
-            self.num_batches_tracked.add_(groups)
-        return bn_act(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            training=self.training,
-            momentum=self.momentum or 0.0,
-            eps=self.eps,
-            act=self.act,
-            negative_slope=self.negative_slope,
-            groups=groups,
-            impl=self.impl,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act}, negative_slope={self.negative_slope}"
+def _check_fused(x: Tensor, named: dict[str, Tensor]) -> None:
+    for name, vector in named.items():
+        if vector.dtype != torch.float32 or vector.device != x.device:
+            raise ValueError(
+                f'bn_act: {name} must be float32 on {x.device} for impl="triton", '
+                f"got {vector.dtype} on {vector.device}"
+            )
+        if not vector.is_contiguous():
+            raise ValueError(f'bn_act: {name} must be contiguous for impl="triton"')

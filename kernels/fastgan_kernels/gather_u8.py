@@ -4,17 +4,21 @@
     w' = W - 1 - w where flip[b], else w
 
     images    [N, H, W, 3] uint8, contiguous; on the device for the whole run
-    index     [B] int64
+    index     [B] int64 or int32
+    flip      [B] bool
     y         [B, 3, H, W] in `dtype`, channels-last: an image's values lie as its bytes did
 
 Bytes: 3 H W read and 3 H W sizeof(dtype) written an image. The arithmetic is float32 (float64 for
 a float64 result), rounded once to `dtype`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
+
+from ._launch import choose, empty, jit, launch, tl
+
+BLOCK = 2048  # bytes a program: one 16-byte load by each of 128 threads
+WARPS = 4
 
 
 def gather_u8_ref(
@@ -34,6 +38,66 @@ def gather_u8_ref(
     return batch.to(wide).mul_((high - low) / 255).add_(low).to(dtype).permute(0, 3, 1, 2)
 
 
+@jit
+def _gather_u8_kernel(
+    images_ptr,  # [N, SIZE] uint8, SIZE = H * W * 3
+    index_ptr,  # [B] int64 or int32
+    flip_ptr,  # [B] bool, or None
+    y_ptr,  # [B, SIZE]
+    N, low, scale,
+    SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,  # ROW = W * 3
+):  # fmt: skip
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(1)
+    inside = place < SIZE
+    index = tl.load(index_ptr + b).to(tl.int64)
+    image_ptr = images_ptr + index * SIZE
+    real = (index >= 0) & (index < N)
+    mirrored = False
+    if flip_ptr is not None:
+        mirrored = tl.load(flip_ptr + b) != 0
+    if mirrored:
+        in_row = place % ROW
+        source = place - in_row + (ROW - 3 - in_row // 3 * 3) + in_row % 3
+        level = tl.load(image_ptr + source, mask=inside & real, other=0)
+    else:
+        level = tl.load(image_ptr + place, mask=inside & real, other=0)
+    value = level.to(tl.float32) * scale + low
+    # an index outside of the set must not pass for an image: the device cannot raise
+    value = tl.where(real, value, float("nan"))
+    y_ptr += b.to(tl.int64) * SIZE
+    tl.store(y_ptr + place, value.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("fastgan_kernels::gather_u8", mutates_args=())
+def _gather_u8_fused(
+    images: Tensor,
+    index: Tensor,
+    flip: Tensor | None,
+    dtype: torch.dtype,
+    low: float,
+    high: float,
+) -> Tensor:
+    count, height, width, _ = images.shape
+    y = empty(len(index), height, width, 3, dtype=dtype, device=images.device)
+    size = height * width * 3
+    launch(
+        _gather_u8_kernel,
+        (-(-size // BLOCK), len(index)),
+        images, index, flip, y, count, low, (high - low) / 255,
+        device=images.device, num_warps=WARPS,
+        enable_fp_fusion=False,  # the roundings of the definition: both ends of the range exact
+        SIZE=size, ROW=width * 3, BLOCK=BLOCK,
+    )  # fmt: skip
+    return y.permute(0, 3, 1, 2)
+
+
+@_gather_u8_fused.register_fake
+def _(images, index, flip, dtype, low, high):
+    shape = (index.shape[0], *images.shape[1:])
+    return images.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+
+
 def gather_u8(
     images: Tensor,
     index: Tensor,
@@ -41,12 +105,18 @@ def gather_u8(
     *,
     dtype: torch.dtype = torch.float32,
     value_range: tuple[float, float] = (-1.0, 1.0),
+    impl: str = "auto",
 ) -> Tensor:
     """Images `index` of the set as a [B, 3, H, W] channels-last batch in `value_range`; see the
     top of this file.
 
+    An index outside of the set raises where it is looked up on the host ("torch" on a CPU); the
+    kernel, which cannot, gives an image of NaN.
+
     Args:
         flip: bool [B], which images to mirror left to right; None mirrors none.
+        impl: "triton", "torch" and "ref" (both the definition); "auto" is "triton" on an NVIDIA GPU
+            for float32, bfloat16 and float16, "torch" elsewhere.
 
     Raises:
         ValueError: an argument of another shape or type.
@@ -56,12 +126,23 @@ def gather_u8(
             "gather_u8: images must be uint8 [N, H, W, 3], "
             f"got {images.dtype} {tuple(images.shape)}"
         )
-    if index.dtype != torch.int64 or index.dim() != 1:
+    if index.dtype not in (torch.int64, torch.int32) or index.dim() != 1:
         raise ValueError(
-            f"gather_u8: index must be int64 [B], got {index.dtype} {tuple(index.shape)}"
+            f"gather_u8: index must be int64 or int32 [B], got {index.dtype} {tuple(index.shape)}"
         )
     if flip is not None and (flip.dtype != torch.bool or flip.shape != index.shape):
         raise ValueError(
             f"gather_u8: flip must be bool [{index.shape[0]}], got {flip.dtype} {tuple(flip.shape)}"
         )
-    return gather_u8_ref(images, index, flip, dtype=dtype, value_range=value_range)
+    if not len(index) or choose("gather_u8", impl, images, dtype) != "triton":
+        return gather_u8_ref(images, index, flip, dtype=dtype, value_range=value_range)
+    _check_fused(images, index, flip)
+    return _gather_u8_fused(images, index, flip, dtype, *value_range)
+
+
+def _check_fused(images: Tensor, index: Tensor, flip: Tensor | None) -> None:
+    for name, t in {"images": images, "index": index, "flip": flip}.items():
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f'gather_u8: {name} must be contiguous for impl="triton"')
+        if t is not None and t.device != images.device:
+            raise ValueError(f"gather_u8: {name} must be on {images.device}, got {t.device}")

@@ -1,0 +1,440 @@
+"""Adam for all parameters of a network in one launch, with what else has to follow the weights: a
+copy in 16 bits for the next step to compute with, and an exponential moving average.
+
+With g the gradient, t the number of steps, everything element by element in float32:
+
+    m = beta1 * m + (1 - beta1) * g                     exp_avg
+    v = beta2 * v + (1 - beta2) * g * g                 exp_avg_sq
+    p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+as `torch.optim.Adam` has it (Kingma and Ba 2015, algorithm 1), weight decay 0. Then, where asked
+for, low = p rounded to bfloat16 or float16, and
+
+    average = average + (1 - 2^(-1/h)) * (p - average),    h = min(half_life, ramp * s)
+
+with s the steps that the average has moved, half_life in steps, and ramp the share of those steps
+that the half-life may be at most (StyleGAN2-ADA's `ema_rampup`). Buffers (running statistics) may
+be averaged beside the parameters.
+
+`lr` and both counts are 0-d tensors on the device, read and advanced there: a captured graph goes
+on counting, and takes another learning rate without a new capture. With `found_inf` not zero the
+step is skipped, but for the average; `grad_scale` is what the gradients were multiplied by (the
+contract of `torch.amp.GradScaler`).
+
+Bytes an element, float32 weights and gradients: 28 (p, m, v read and written, g read), 26 with a
+gradient of 16 bits, 2 more for `low`, 8 more for `average`. Bound by these; a DCGAN's 3 M
+parameters take as long as one large activation pass.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ._launch import choose, counters, jit, launch, tl
+
+BLOCK = 1024  # elements a program: a 16-byte load of each array by each of 128 threads, twice
+WARPS = 4
+MOST = 64  # tensors a launch: their pointers are kernel arguments, of which there may be 4 KB
+
+
+@dataclass(frozen=True)
+class Average:
+    """An exponential moving average that follows the weights; see the top of this file.
+
+    Args:
+        params: the average of each parameter, in the parameters' order.
+        buffers: (source, average) of each floating-point buffer that is averaged as well.
+        step: 0-d float64, how often it has moved.
+        half_life: in steps; 0 copies.
+        ramp: the half-life is at most this share of the steps so far.
+    """
+
+    params: Sequence[Tensor]
+    buffers: Sequence[tuple[Tensor, Tensor]]
+    step: Tensor
+    half_life: float
+    ramp: float
+
+    @torch.no_grad()
+    def move(self, params: Sequence[Tensor]) -> None:
+        """One step after `params`, by PyTorch's own operators."""
+        self.step.add_(1)
+        weight = 1 - torch.exp2(-1 / (self.step * self.ramp).clamp_max(self.half_life))
+        sources = [*params, *(source for source, _ in self.buffers)]
+        averages = [*self.params, *(average for _, average in self.buffers)]
+        change = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(change, weight.to(averages[0].dtype))
+        torch._foreach_add_(averages, change)
+
+
+def adam_ema_ref(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    low: Sequence[Tensor] = (),
+    average: Average | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """The definition, written out; every other implementation is held to it."""
+    beta1, beta2 = betas
+    if found_inf is None or not bool(found_inf):
+        step += 1
+        t = step.double()
+        for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+            g = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) / grad_scale
+            m.copy_(beta1 * m + (1 - beta1) * g)
+            v.copy_(beta2 * v + (1 - beta2) * g * g)
+            step_size = (lr / (1 - beta1**t)).to(p.dtype)
+            p -= step_size * m / (v.sqrt() / (1 - beta2**t).sqrt().to(p.dtype) + eps)
+        for copy, p in zip(low, params, strict=False):
+            copy.copy_(p)
+    if average is not None:
+        average.step.add_(1)
+        half_life = (average.step * average.ramp).clamp_max(average.half_life)
+        weight = 1 - 0.5 ** (1 / half_life)
+        for source, mean in [*zip(params, average.params, strict=True), *average.buffers]:
+            mean += (weight * (source.double() - mean)).to(mean.dtype)
+
+
+def _adam_ema_torch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    low: Sequence[Tensor] = (),
+    average: Average | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """PyTorch's fused Adam, called as torch.optim.Adam(fused=True) does, and foreach copies."""
+    step += 1
+    torch._fused_adam_(
+        list(params),
+        [g.to(p.dtype) for g, p in zip(grads, params, strict=True)],
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [],
+        [step] * len(params),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+    if found_inf is not None:
+        step -= found_inf
+    if low:
+        torch._foreach_copy_(list(low), list(params))
+    if average is not None:
+        average.move(params)
+
+
+@jit
+def _moved(average, value, weight):
+    average = average.to(tl.float32)
+    return average + weight * (value - average)
+
+
+@jit
+def _adam_ema_kernel(
+    param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs,  # tuples of [NUMELS[i]]
+    low_ptrs, average_ptrs,  # the same, or None
+    buffer_ptrs, buffer_average_ptrs,  # tuples of the tensors after the parameters
+    step_ptr, lr_ptr,  # [] float32
+    average_step_ptr,  # [] float64, or None
+    grad_scale_ptr, found_inf_ptr,  # [] float32, or None
+    counter_ptr,  # [1] int32
+    programs, eps,
+    NUMELS: tl.constexpr, STARTS: tl.constexpr,  # of tensor i: its elements, its first program
+    LAST: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr,
+    HALF_LIFE: tl.constexpr, RAMP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    step = tl.load(step_ptr).to(tl.float64) + 1
+    # 1 - beta^t in float64, where beta^t near 1 does not cancel
+    correction1 = (1 - tl.exp2(step * LOG2_BETA1)).to(tl.float32)
+    correction2 = (1 - tl.exp2(step * LOG2_BETA2)).to(tl.float32)
+    step_size = tl.div_rn(tl.load(lr_ptr), correction1)
+    root2 = tl.sqrt_rn(correction2)
+    if average_step_ptr is not None:
+        half_life = tl.minimum((tl.load(average_step_ptr) + 1) * RAMP, HALF_LIFE).to(tl.float32)
+        weight = (1 - tl.exp2((-1.0 / half_life).to(tl.float64))).to(tl.float32)
+    if grad_scale_ptr is not None:
+        unscale = 1.0 / tl.load(grad_scale_ptr)  # exact: GradScaler's scales are powers of two
+    skip = False
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0
+    for i in tl.static_range(len(param_ptrs)):
+        if (program >= STARTS[i]) & (program < STARTS[i + 1]):
+            at = (program - STARTS[i]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = at < NUMELS[i]
+            p = tl.load(param_ptrs[i] + at, mask=inside)
+            if not skip:
+                g = tl.load(grad_ptrs[i] + at, mask=inside).to(tl.float32)
+                m = tl.load(exp_avg_ptrs[i] + at, mask=inside)
+                v = tl.load(exp_avg_sq_ptrs[i] + at, mask=inside)
+                if grad_scale_ptr is not None:
+                    g *= unscale
+                m = BETA1 * m + (1 - BETA1) * g
+                v = BETA2 * v + (1 - BETA2) * g * g
+                # two units in the last place are enough here, and cost no call of a subroutine
+                p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
+                tl.store(param_ptrs[i] + at, p, mask=inside)
+                tl.store(exp_avg_ptrs[i] + at, m, mask=inside)
+                tl.store(exp_avg_sq_ptrs[i] + at, v, mask=inside)
+                if low_ptrs is not None:
+                    tl.store(
+                        low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside
+                    )  # fmt: skip
+            if average_step_ptr is not None:
+                average = tl.load(average_ptrs[i] + at, mask=inside)
+                tl.store(average_ptrs[i] + at, _moved(average, p, weight), mask=inside)
+    if average_step_ptr is not None:
+        for i in tl.static_range(len(buffer_ptrs)):
+            start, numel = STARTS[len(param_ptrs) + i], NUMELS[len(param_ptrs) + i]
+            if (program >= start) & (program < STARTS[len(param_ptrs) + i + 1]):
+                at = (program - start).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+                inside = at < numel
+                value = tl.load(buffer_ptrs[i] + at, mask=inside)
+                average = tl.load(buffer_average_ptrs[i] + at, mask=inside)
+                tl.store(buffer_average_ptrs[i] + at, _moved(average, value, weight), mask=inside)
+    if LAST:  # of several launches, which all read the counts as they were
+        tl.debug_barrier()  # this program has read them before it is counted itself
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+            if not skip:
+                tl.store(step_ptr, tl.load(step_ptr) + 1)
+            if average_step_ptr is not None:
+                tl.store(average_step_ptr, tl.load(average_step_ptr) + 1)
+            tl.store(counter_ptr, 0)
+
+
+@torch.library.custom_op(
+    "fastgan_kernels::adam_ema",
+    mutates_args=(
+        "params",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "step",
+        "low",
+        "averages",
+        "buffer_averages",
+        "average_step",
+    ),
+)
+def _adam_ema_fused(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    low: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    buffer_averages: Sequence[Tensor],
+    average_step: Tensor | None,
+    half_life: float,
+    ramp: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    counter = counters(1, step.device)
+    for first in range(0, max(len(params), len(buffers)), MOST):
+        here, last = slice(first, first + MOST), first + MOST >= max(len(params), len(buffers))
+        numels = tuple(t.numel() for t in (*params[here], *buffers[here]))
+        starts = (0, *accumulate(-(-numel // BLOCK) for numel in numels))
+        launch(
+            _adam_ema_kernel,
+            (starts[-1],),
+            tuple(params[here]), tuple(grads[here]),
+            tuple(exp_avgs[here]), tuple(exp_avg_sqs[here]),
+            tuple(low[here]) or None, tuple(averages[here]) or None,
+            tuple(buffers[here]), tuple(buffer_averages[here]),
+            step, lr, average_step, grad_scale, found_inf, counter, starts[-1], eps,
+            device=step.device, num_warps=WARPS,
+            NUMELS=numels, STARTS=starts, LAST=last,
+            BETA1=beta1, BETA2=beta2, LOG2_BETA1=_log2(beta1), LOG2_BETA2=_log2(beta2),
+            HALF_LIFE=half_life, RAMP=ramp, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta else -math.inf
+
+
+@_adam_ema_fused.register_fake
+def _(*args):
+    return None
+
+
+def adam_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    low: Sequence[Tensor] = (),
+    average: Average | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """One Adam step over `params`, in place; see the top of this file.
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: float32, any dense layout, each moment in its parameter's.
+        grads: of the parameters' shapes; float32, bfloat16 or float16.
+        step: 0-d float32, the steps taken so far.
+        lr: 0-d float32.
+        low: bfloat16 or float16 copies of the parameters, or nothing.
+        average: what is averaged beside.
+        grad_scale, found_inf: 0-d float32 (`torch.amp.GradScaler`); PyTorch's own implementation
+            also divides the gradients by `grad_scale` in place.
+        impl: "triton" in one launch (of up to 64 tensors), "torch" (`torch.optim.Adam(fused=True)`
+            and foreach copies), "ref" (the definition); "auto" is "triton" on an NVIDIA GPU for
+            float32 parameters, "torch" elsewhere.
+
+    Raises:
+        ValueError: lists of different lengths, or a tensor of another shape, type or layout.
+    """
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists |= {"low": low} if low else {}
+    lists |= {"average.params": average.params} if average is not None else {}
+    _check(params, lists)
+    kind = choose("adam_ema", impl, params[0], supported=params[0].dtype == torch.float32)
+    grads = [as_laid_out(p, g) for p, g in zip(params, grads, strict=True)]
+    if kind == "triton":
+        _check_fused(params, lists, step, lr)
+        pairs = average.buffers if average is not None else []
+        _adam_ema_fused(
+            list(params),
+            grads,
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            step,
+            lr,
+            *betas,
+            eps,
+            list(low),
+            list(average.params) if average is not None else [],
+            [source for source, _ in pairs],
+            [mean for _, mean in pairs],
+            average.step if average is not None else None,
+            average.half_life if average is not None else 0.0,
+            average.ramp if average is not None else 0.0,
+            grad_scale,
+            found_inf,
+        )
+        return
+    run = adam_ema_ref if kind == "ref" else _adam_ema_torch
+    run(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        step,
+        lr,
+        betas=betas,
+        eps=eps,
+        low=low,
+        average=average,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape keep their elements in the same order (the stride of a
+    dimension of size 1 says nothing).
+    """
+    return all(
+        i == j for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1
+    )
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each place once."""
+    held = 1
+    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride != held:
+            return False
+        held *= size
+    return True
+
+
+def as_laid_out(like: Tensor, t: Tensor) -> Tensor:
+    """`t` in the memory layout of `like`, copied only where it is another."""
+    return t if same_layout(like, t) else torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def _check(params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]]) -> None:
+    if not params:
+        raise ValueError("adam_ema: params must hold at least one tensor, got none")
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"adam_ema: {name} must be as many as params, {len(params)}, got {len(tensors)}"
+            )
+        for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
+            if t.shape != p.shape:
+                raise ValueError(
+                    f"adam_ema: {name}[{i}] must have shape {tuple(p.shape)}, got {tuple(t.shape)}"
+                )
+            if name != "grads" and not same_layout(p, t):
+                raise ValueError(
+                    f"adam_ema: {name}[{i}] must have params[{i}]'s strides {p.stride()}, "
+                    f"got {t.stride()}"
+                )
+
+
+def _check_fused(
+    params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]], step: Tensor, lr: Tensor
+) -> None:
+    float32 = {"params": params, "step": [step], "lr": [lr]}
+    float32 |= {name: lists[name] for name in lists if name not in ("grads", "low")}
+    for name, tensors in float32.items():
+        for t in tensors:
+            if t.dtype != torch.float32:
+                raise ValueError(
+                    f'adam_ema: {name} must be float32 for impl="triton", got {t.dtype}'
+                )
+    for name, tensors in {"params": params, **lists, "step": [step], "lr": [lr]}.items():
+        for t in tensors:
+            if t.device != params[0].device:
+                raise ValueError(
+                    f"adam_ema: {name} must be on {params[0].device} as the first parameter is, "
+                    f"got {t.device}"
+                )
+    for i, p in enumerate(params):
+        if not _dense(p):
+            raise ValueError(
+                f"adam_ema: params[{i}] must fill its memory densely, got strides {p.stride()}"
+            )
