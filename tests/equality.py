@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgan.data.feed import Batch
 from fastgan.models import Discriminator, Generator
-from fastgan.optim import MOMENTS, make_adam
+from fastgan.optim import MOMENTS, Ema, make_adam
 from fastgan.reference import Reference
 from fastgan.step import Step
 
@@ -76,22 +76,30 @@ def make_step(
     one_pass: bool = True,
     compile: bool = False,
     device: str = "cpu",
+    impl: str = "torch",
+    with_ema: bool = False,
 ) -> Step:
     """The fast step, its latents seeded as the reference's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    g = Generator(case.size, case.latent, case.width).to(device, dtype).to(memory_format=layout)
-    d = Discriminator(case.size, case.width).to(device, dtype).to(memory_format=layout)
+    shape = (case.size, case.latent, case.width)
+    g = Generator(*shape, impl=impl).to(device, dtype).to(memory_format=layout)
+    d = Discriminator(case.size, case.width, impl).to(device, dtype).to(memory_format=layout)
+    ema = None
+    if with_ema:
+        average = Generator(*shape, impl=impl).to(device, dtype).to(memory_format=layout)
+        ema = Ema(g, average, case.batch, 100 * case.batch)
     return kind(
         g,
         d,
-        make_adam(g, 2e-4, (0.5, 0.999)),
-        make_adam(d, 2e-4, (0.5, 0.999)),
-        None,
+        make_adam(g, 2e-4, (0.5, 0.999), impl=impl, ema=ema),
+        make_adam(d, 2e-4, (0.5, 0.999), impl=impl),
+        ema,
         batch=case.batch,
         random=torch.Generator(device).manual_seed(SEED),
         amp_dtype=amp_dtype,
         one_pass=one_pass,
         compile=compile,
+        impl=impl,
     )
 
 

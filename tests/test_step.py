@@ -148,6 +148,51 @@ def test_float32_equals_the_reference_step_by_step(how):
     within(teacher_forced(make_step(CASE, **how), CASE), FLOAT32)
 
 
+# In Triton's interpreter a step takes a second: a smaller network, fewer steps, batches that are
+# not a power of two, and bfloat16 cut off instead of rounded: an error twice as large.
+KERNELS = Case(size=32, latent=8, width=6, batch=6)
+CUT_OFF = {k: v * 2 for k, v in BF16.items()}
+
+
+@pytest.mark.parametrize(
+    ("amp_dtype", "limits"),
+    [(None, FLOAT32), (torch.bfloat16, CUT_OFF), (torch.float16, FP16)],
+    ids=["fp32", "bf16", "fp16"],
+)
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+def test_the_kernels_equal_the_reference_step_by_step(amp_dtype, limits, one_pass):
+    step = make_step(KERNELS, amp_dtype=amp_dtype, one_pass=one_pass, impl="triton")
+    if amp_dtype == torch.float16:
+        step.scaler.scale(torch.zeros(()))
+        step.scaler.update(1024.0)
+    within(teacher_forced(step, KERNELS, steps=4), limits)
+
+
+@pytest.mark.parametrize("mistake", [Ungrouped, FakeFirst, EvalInG, StaleD])
+def test_teacher_forcing_shows_a_planted_mistake_with_the_kernels(mistake):
+    step = make_step(KERNELS, kind=mistake, impl="triton")
+    with pytest.raises(AssertionError):
+        within(teacher_forced(step, KERNELS, steps=2), FLOAT32)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_average_follows_the_generator_through_the_steps(impl):
+    step = make_step(KERNELS, impl=impl, with_ema=True)
+    ours, theirs = step.ema.network.state_dict(), step.generator.state_dict()
+    expected = {name: t.double() for name, t in ours.items()}
+    for count, batch in enumerate(batches(KERNELS, 3), 1):
+        step(batch)
+        keep = 0.5 ** (1 / min(100, 0.05 * count))
+        for name, t in theirs.items():
+            expected[name] = keep * expected[name] + (1 - keep) * t.double()
+            if t.dtype == torch.int64:
+                expected[name] = t
+            torch.testing.assert_close(
+                ours[name].double(), expected[name].double(), rtol=1e-5, atol=1e-7
+            )
+    assert float(step.ema.steps) == 3
+
+
 @pytest.mark.parametrize("how", RIGHT.values(), ids=RIGHT)
 def test_bf16_equals_the_reference_step_by_step(how):
     within(teacher_forced(make_step(CASE, amp_dtype=torch.bfloat16, **how), CASE), BF16)
@@ -290,8 +335,13 @@ def test_on_a_gpu_float64_equals_the_reference_after_20_steps(how):
     assert all(v <= FLOAT64_TOLERANCE for v in off.values()), off
 
 
+ON_A_GPU = RIGHT | {"compiled": {"compile": True}, "kernels": {"impl": "triton"}}
+ON_A_GPU |= {"kernels, two passes": {"impl": "triton", "one_pass": False}}
+ON_A_GPU |= {"kernels, compiled": {"impl": "triton", "compile": True}}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", [*RIGHT.values(), {"compile": True}], ids=[*RIGHT, "compiled"])
+@pytest.mark.parametrize("how", ON_A_GPU.values(), ids=ON_A_GPU)
 @pytest.mark.parametrize(
     ("amp_dtype", "limits"), [(None, FLOAT32), (torch.bfloat16, BF16)], ids=["fp32", "bf16"]
 )
@@ -302,7 +352,11 @@ def test_on_a_gpu_the_step_equals_the_reference_step_by_step(how, amp_dtype, lim
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"amp": True}, {"amp": True, "compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernels": "torch"}, {"amp": True}, {"amp": True, "compile": True}],
+    ids=str,
+)
 def test_on_a_gpu_nothing_between_ticks_makes_the_host_wait(trainer, options):
     made = trainer("cuda", **options)
     for _ in range(3):

@@ -32,9 +32,7 @@ class Adam(torch.optim.Optimizer):
             parameter without a gradient.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for each step
 
     def __init__(
         self,
@@ -54,13 +52,13 @@ class Adam(torch.optim.Optimizer):
         if eps < 0:
             raise ValueError(f"Adam: eps must be 0 or more, got {eps}")
         # the names that torch.optim.Adam looks for when it takes this state_dict
-        rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, "capturable": True}
+        rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, **rest})
         if (low or average is not None) and len(self.param_groups) > 1:
             raise ValueError("Adam: low and average go with one group of parameters")
         self.low, self.average, self.impl = low, average, impl
         for group in self.param_groups:
-            self._own_lr(group)
+            self._on_device(group)
             first = group["params"][0]
             step = torch.zeros((), dtype=torch.float32, device=first.device)
             for p in group["params"]:
@@ -68,11 +66,12 @@ class Adam(torch.optim.Optimizer):
                 self.state[p] = {"step": step, **moments}
 
     @staticmethod
-    def _own_lr(group: dict[str, Any]) -> None:
-        """A learning rate of the group's own, on its device."""
+    def _on_device(group: dict[str, Any]) -> None:
+        """A learning rate of the group's own, where its parameters are."""
         first = group["params"][0]
         wide = torch.promote_types(first.dtype, torch.float32)
         group["lr"] = torch.as_tensor(group["lr"]).to(first.device, wide).clone()
+        group["capturable"] = first.is_cuda  # torch.optim.Adam: on other devices it must not be
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -100,11 +99,17 @@ class Adam(torch.optim.Optimizer):
                 eps=group["eps"],
                 low=self.low,
                 average=self.average,
-                grad_scale=self.grad_scale,
-                found_inf=self.found_inf,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
                 impl=self.impl,
             )
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Adam`'s: each parameter has a step count of its own there."""
+        saved = super().state_dict()
+        apart = {i: {**s, "step": s["step"].clone()} for i, s in saved["state"].items()}
+        return {**saved, "state": apart}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of this optimizer or of a `torch.optim.Adam`.
@@ -122,8 +127,9 @@ class Adam(torch.optim.Optimizer):
                 raise ValueError(f"Adam: all parameters must have one step count, got {steps}")
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            self._own_lr(group)
-            step = self.state[group["params"][0]]["step"].to(torch.float32)
+            self._on_device(group)
+            first = group["params"][0]
+            step = self.state[first]["step"].to(first.device, torch.float32)
             for p in group["params"]:
                 self.state[p]["step"] = step
                 for name in MOMENTS:  # in p's own layout, whatever it was saved in

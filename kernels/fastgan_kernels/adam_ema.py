@@ -177,7 +177,9 @@ def _adam_ema_kernel(
     correction2 = (1 - tl.exp2(step * LOG2_BETA2)).to(tl.float32)
     step_size = tl.div_rn(tl.load(lr_ptr), correction1)
     root2 = tl.sqrt_rn(correction2)
-    if average_step_ptr is not None:
+    if HALF_LIFE * RAMP == 0:
+        weight = 1.0
+    elif average_step_ptr is not None:
         half_life = tl.minimum((tl.load(average_step_ptr) + 1) * RAMP, HALF_LIFE).to(tl.float32)
         weight = (1 - tl.exp2((-1.0 / half_life).to(tl.float64))).to(tl.float32)
     if grad_scale_ptr is not None:

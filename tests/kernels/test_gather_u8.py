@@ -1,9 +1,11 @@
-"""gather_u8 against plain indexing in float64."""
+"""gather_u8 against plain indexing in float64, the kernel against the definition."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastgan_kernels import gather_u8
+from fastgan_kernels import _launch, gather_u8
 
 IMAGES = torch.randint(0, 256, (20, 6, 6, 3), dtype=torch.uint8)
 INDEX = torch.tensor([3, 3, 19, 0, 7])
@@ -43,8 +45,8 @@ def test_the_ends_of_the_range_are_exact():
     [
         ((IMAGES.float(), INDEX), "images must be uint8"),
         ((IMAGES[..., :2], INDEX), r"\[N, H, W, 3\]"),
-        ((IMAGES, INDEX.int()), "index must be int64"),
-        ((IMAGES, INDEX[None]), "index must be int64"),
+        ((IMAGES, INDEX.short()), "index must be int64 or int32"),
+        ((IMAGES, INDEX[None]), "index must be int64 or int32"),
         ((IMAGES, INDEX, torch.ones(5)), r"flip must be bool \[5\]"),
         ((IMAGES, INDEX, torch.ones(4, dtype=torch.bool)), r"flip must be bool \[5\]"),
     ],
@@ -52,3 +54,83 @@ def test_the_ends_of_the_range_are_exact():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         gather_u8(*arguments)
+
+
+def equal_to_the_definition(images, index, flip, dtype, value_range):
+    got = gather_u8(images, index, flip, dtype=dtype, value_range=value_range, impl="triton")
+    expected = gather_u8(images, index, flip, dtype=dtype, value_range=value_range, impl="ref")
+    assert got.dtype == dtype and got.stride() == expected.stride()
+    if dtype == torch.bfloat16 and _launch.INTERPRETED:  # which cuts bfloat16 off: one unit
+        assert ((got - expected).abs() <= 2**-7 * expected.abs()).all()
+    else:
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("index_type", [torch.int64, torch.int32])
+def test_the_kernel_gives_the_bits_of_the_definition(dtype, value_range, flips, index_type, device):
+    images = torch.randint(0, 256, (9, 31, 29, 3), dtype=torch.uint8, device=device)  # two programs
+    index = torch.tensor([3, 3, 8, 0, 7], device=device, dtype=index_type)
+    flip = torch.tensor([True, False, False, True, True], device=device) if flips else None
+    equal_to_the_definition(images, index, flip, dtype, value_range)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.booleans())
+def test_the_kernel_on_drawn_shapes(height, width, batch, flips):
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(height * 41 + width)
+    images = torch.randint(0, 256, (7, height, width, 3), dtype=torch.uint8, device=device)
+    index = torch.randint(0, 7, (batch,), device=device)
+    flip = torch.rand(batch, device=device) < 0.5 if flips else None
+    equal_to_the_definition(images, index, flip, torch.float32, (-1.0, 1.0))
+
+
+def test_an_index_outside_of_the_set_does_not_pass_for_an_image(device):
+    images = IMAGES.to(device)
+    got = gather_u8(images, torch.tensor([20, 4, -1], device=device), impl="triton")
+    assert got.isnan().flatten(1).all(1).tolist() == [True, False, True]
+    assert torch.equal(got[1:2], gather_u8(images, torch.tensor([4], device=device), impl="ref"))
+    with pytest.raises(IndexError):
+        gather_u8(IMAGES, torch.tensor([20]))
+
+
+def test_an_empty_batch_is_empty(device):
+    got = gather_u8(
+        IMAGES.to(device), torch.empty(0, dtype=torch.int64, device=device), impl="triton"
+    )
+    assert got.shape == (0, 3, 6, 6)
+
+
+def test_what_the_kernel_does_not_take_is_named(device):
+    images = IMAGES.to(device)
+    index = INDEX.to(device)
+    with pytest.raises(ValueError, match="images must be contiguous"):
+        gather_u8(images[:, :, ::2], index, impl="triton")
+    with pytest.raises(ValueError, match="index must be contiguous"):
+        gather_u8(images, index.repeat(2)[::2], impl="triton")
+    with pytest.raises(ValueError, match="takes float32, bfloat16, float16, got torch.float64"):
+        gather_u8(images, index, dtype=torch.float64, impl="triton")
+    with pytest.raises(ValueError, match="gather_u8: impl must be one of"):
+        gather_u8(images, index, impl="cuda")
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_the_operator_is_registered_rightly(flips, device):
+    index = INDEX.to(device)
+    flip = torch.ones(5, dtype=torch.bool, device=device) if flips else None
+    arguments = (IMAGES.to(device), index, flip, torch.float32, -1.0, 1.0)
+    torch.library.opcheck(torch.ops.fastgan_kernels.gather_u8.default, arguments)
+
+
+def test_no_graph_break_under_compile(device):
+    torch._dynamo.reset()
+    images, index = IMAGES.to(device), INDEX.to(device)
+    call = torch.compile(
+        lambda images, index: gather_u8(images, index, impl="triton") * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(call(images, index), gather_u8(images, index, impl="triton") * 2)
