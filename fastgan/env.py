@@ -187,8 +187,10 @@ def version_of(package: str) -> str | None:
 
 def commit() -> tuple[str | None, bool]:
     """The git commit of the source tree that runs, and whether it was clean; (None, False) outside
-    a checkout.
+    a checkout, but for what FASTGAN_COMMIT says: a copy of a clean tree knows it from there.
     """
+    if given := os.environ.get("FASTGAN_COMMIT"):
+        return given, True
     root = Path(__file__).resolve().parents[1]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
@@ -204,6 +206,21 @@ def _git(root: Path, *args: str) -> str:
         ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()
+
+
+def driver_version() -> str | None:
+    """The installed NVIDIA driver, as nvidia-smi names it."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -231,6 +248,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "compute_capability": f"{card.major}.{card.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "driver": driver_version(),
             "driver_cuda": f"{known[0]}.{known[1]}" if known else None,
         }
     return found

@@ -111,13 +111,13 @@ def cases(everything: bool) -> Iterator[tuple[str, Due, Callable[[], Any]]]:
 
 
 def bn_act_due(dtype: torch.dtype, act: str) -> Due:
-    """Four of the tile, those of the float32 vectors beside it, four of the partial sums."""
+    """Four of the tile, those of the float32 vectors beside it, eight of the partial sums."""
     vector = 4 // dtype.itemsize
     mask = act != "none"  # which takes z, and so weight and bias
     return {
-        "bn_act_stats": (4 + 4 + 1, 0),  # x, the partial sums, the pivot
+        "bn_act_stats": (4 + 8 + 1, 0),  # x, the partial sums, the pivot
         "bn_act_apply": (4 + 4 * vector, 4),
-        "bn_act_grad_sums": (4 + (4 if mask else 2) * vector + 4, 0),
+        "bn_act_grad_sums": (4 + (4 if mask else 2) * vector + 8, 0),
         "bn_act_grad_apply": (4 + (6 if mask else 5) * vector, 2),
     }
 

@@ -277,7 +277,7 @@ def _adam_ema_fused(
             tuple(low[here]) or None, tuple(averages[here]) or None,
             tuple(buffers[here]), tuple(buffer_averages[here]),
             step, lr, average_step, grad_scale, found_inf, counter, starts[-1], eps,
-            device=step.device, num_warps=WARPS,
+            device=step.device, num_warps=WARPS, maxnreg=128,
             NUMELS=numels, STARTS=starts, LAST=last,
             BETA1=beta1, BETA2=beta2, LOG2_BETA1=_log2(beta1), LOG2_BETA2=_log2(beta2),
             HALF_LIFE=half_life, RAMP=ramp, BLOCK=BLOCK,

@@ -30,7 +30,10 @@ from torch import Tensor
 
 from ._launch import counters, empty, empty_like, jit, launch, processors, tl
 
-ROWS_LAST = 32  # partial sums that the last program loads at a time
+# Partial sums that the last program loads at a time: each trip to L2 is most of a microsecond, and
+# all other programs have ended.
+ROWS_LAST = 64
+REGISTERS = 1 << 16  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Launch:
 
 # A tile is 64 channels wide (fewer where there are fewer): one 128-byte line a row of 16-bit
 # values. Each of 256 threads then has four 16-byte loads in flight, of x alone or of x and dy; two
-# such programs a multiprocessor cover the latency of its share of the memory (32 KB in flight), and
-# stay under the 128 registers a thread that let both in.
+# such programs a multiprocessor cover the latency of its share of the memory (32 KB in flight).
+# Registers are held to what lets both in.
 OF_X = Launch(tile_bytes=16 << 10, warps=8)
 OF_X_AND_DY = Launch(tile_bytes=8 << 10, warps=8)
 CHANNELS = 64
@@ -110,6 +113,8 @@ def _bn_act_stats_kernel(
     at = partial_ptr + (group * splits + split) * 2 * C + c
     tl.store(at, tl.sum(one, axis=0), mask=in_c)
     tl.store(at + C, tl.sum(two, axis=0), mask=in_c)
+    if split == 0:
+        tl.store(mean_ptr + group * C + c, pivot, mask=in_c)  # for the last program
     tl.debug_barrier()  # all threads' sums are written before one of them counts this program
     if tl.atomic_add(counter_ptr + block, 1, sem="acq_rel", scope="gpu") == splits * groups - 1:
         if TRACK:
@@ -123,8 +128,7 @@ def _bn_act_stats_kernel(
             off = one_c / M
             var = two_c / M - off * off
             var = tl.where(var < 0, 0.0, var)
-            first_row = tl.load(x_ptr + tl.cast(g, tl.int64) * M * C + c, mask=in_c, other=0.0)
-            mean = first_row.to(tl.float32) + off
+            mean = tl.load(mean_ptr + g * C + c, mask=in_c, other=0.0, cache_modifier=".cg") + off
             tl.store(mean_ptr + g * C + c, mean, mask=in_c)
             tl.store(var_ptr + g * C + c, var, mask=in_c)
             if TRACK:
@@ -316,6 +320,7 @@ class _Tiling:
         self.options: dict[str, Any] = {
             "device": x.device,
             "num_warps": settings.warps,
+            "maxnreg": REGISTERS // (2 * 32 * settings.warps),
             "UNIT": unit,
             "EVEN_C": self.channels % block_c == 0,
             "BLOCK_M": self.block_m,

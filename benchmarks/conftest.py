@@ -1,0 +1,83 @@
+"""The machine's ceiling once, every row into one record, and a table at the end."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+
+from fastgan.env import environment
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = pytest.StashKey[list[harness.Row]]()
+COPY = pytest.StashKey[float | None]()
+SKIPPED = (
+    "not measured, for lack of an NVIDIA GPU: the Triton kernels, batches 128 and 1024, bfloat16 "
+    "and float16, torch.compile, CUDA graphs, share of the copy bandwidth; nothing is recorded"
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--records", default=str(RESULTS), help="folder of the records that a GPU's figures go to"
+    )
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+    config.stash[COPY] = None
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def copy_gbps(device, pytestconfig):
+    """GB/s of a copy on the GPU; None on a CPU."""
+    if device.type == "cuda":
+        pytestconfig.stash[COPY] = harness.copy_gbps(device)
+    return pytestconfig.stash[COPY]
+
+
+@pytest.fixture
+def record(pytestconfig):
+    """A function that takes the rows of a test into the record."""
+    return pytestconfig.stash[ROWS].extend
+
+
+def pytest_sessionfinish(session):
+    rows, config = session.config.stash[ROWS], session.config
+    if not rows or not torch.cuda.is_available():
+        return
+    device = torch.device("cuda:0")
+    machine = environment(device)
+    folder = Path(config.getoption("records")) / re.sub(r"\W+", "-", machine["gpu"]).lower()
+    content = {
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": machine,
+        "copy_gbps": config.stash[COPY],
+        "rows": [row.__dict__ for row in rows],
+    }
+    harness.write_record(folder / "kernels.json", content)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    write = terminalreporter.write_line
+    copy = config.stash[COPY]
+    terminalreporter.section("ms a call: median (10% .. 90%), GB/s, share of a copy, error")
+    for r in rows:
+        share = f"{r.share_of_copy:6.1%}" if r.share_of_copy is not None else "      "
+        write(
+            f"{r.op:<10} {r.case:<20} {r.dtype:<5} {r.variant:<26} {r.ms:9.4f} "
+            f"({r.low_ms:.4f} .. {r.high_ms:.4f}) {r.gbps:8.1f} {share} {r.error:.1e}"
+        )
+    write(f"a copy: {copy:,.0f} GB/s" if copy else SKIPPED)

@@ -1,0 +1,203 @@
+"""Time variants of one operation so that none of them is flattered.
+
+On a GPU every variant is captured once as a CUDA graph that walks over several sets of buffers, of
+which no set is left in L2 when its turn comes again, and each set with outputs of its own. The
+graphs are replayed in turn, variant after variant, round after round; a time is the median of the
+rounds, with the tenth and ninetieth percentile beside it. On a CPU the same without a graph.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDS, WARM_UP = 40, 3
+GRAPH_MS = 0.5  # a graph repeats its sets for about this long: events resolve half a microsecond
+Call = Callable[[], Any]
+# What must be the same for the rows of two runs to stand in one record.
+SAME = ("gpu", "driver", "cuda", "torch", "triton", "commit", "clean")
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds a call."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one operation, as it goes into the record."""
+
+    op: str
+    case: str
+    dtype: str
+    variant: str
+    ms: float
+    low_ms: float
+    high_ms: float
+    bytes: int
+    gbps: float
+    share_of_copy: float | None
+    error: float
+
+
+def sets_beyond_l2(bytes_of_a_set: int, device: torch.device) -> int:
+    """How many sets of buffers it takes to have none of them in the cache: twice its size."""
+    if device.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(64, -(-2 * l2 // bytes_of_a_set) + 1))
+
+
+def interleaved(variants: dict[str, Sequence[Call]], device: torch.device) -> dict[str, Time]:
+    """The time of one call of each variant, which comes as a call for each set of buffers."""
+    if device.type == "cuda":
+        return _on_gpu(variants)
+    return _on_cpu(variants)
+
+
+def _on_gpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
+    graphs = {name: _captured(calls) for name, calls in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for i in range(WARM_UP + ROUNDS):
+        for name, (graph, count, _) in graphs.items():
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= WARM_UP:
+                times[name].append(begin.elapsed_time(end) / count)
+    return {name: _summary(t) for name, t in times.items()}
+
+
+def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
+    """A graph over the calls, how many it holds, and what keeps their outputs apart."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            for call in calls:
+                call()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    repeats = max(1, min(20, round(GRAPH_MS / max(begin.elapsed_time(end), 1e-3))))
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            kept = [call() for call in calls]  # outputs of their own, a walk over the sets apart
+    return graph, repeats * len(calls), kept
+
+
+def _on_cpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(WARM_UP + ROUNDS):
+        for name, calls in variants.items():
+            begin = time.perf_counter()
+            for call in calls:
+                call()
+            if i >= WARM_UP:
+                times[name].append(1000 * (time.perf_counter() - begin) / len(calls))
+    return {name: _summary(t) for name, t in times.items()}
+
+
+def _summary(times: list[float]) -> Time:
+    tenths = statistics.quantiles(times, n=10)
+    return Time(statistics.median(times), tenths[0], tenths[-1])
+
+
+def copy_gbps(device: torch.device) -> float:
+    """The bandwidth of a large copy on the device, bytes read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device).random_(0, 255)
+    targets = [torch.empty_like(source) for _ in range(2)]
+    calls = [lambda t=t: t.copy_(source) for t in targets]
+    ms = interleaved({"copy": calls}, device)["copy"].ms
+    return 2 * source.numel() / ms / 1e6
+
+
+def error_of(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative L2 error of any tensor; infinite where something is not finite."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        difference = (a.detach().double() - b.detach().double()).norm()
+        error = float(difference / b.detach().double().norm().clamp_min(1e-30))
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def measure(
+    op: str,
+    case: str,
+    dtype: str,
+    variants: dict[str, Callable[[int], Call]],
+    outputs: dict[str, Callable[[], Sequence[Tensor]]],
+    expected: Sequence[Tensor],
+    limit: float,
+    nbytes: int,
+    device: torch.device,
+    copy: float | None,
+) -> list[Row]:
+    """Check every variant against `expected`, then time all of them together.
+
+    Args:
+        variants: for each name, a call on buffer set i.
+        outputs: for each name, what it computes from set 0.
+        limit: the largest relative L2 error that passes.
+        nbytes: the bytes that the operation has to move, the same for every variant.
+        copy: GB/s of a copy on the device.
+
+    Raises:
+        AssertionError: a variant is wrong; no figure is given then.
+    """
+    errors = {name: error_of(get(), expected) for name, get in outputs.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    assert not wrong, f"{op} {case} {dtype}: relative L2 errors over {limit:.1e}: {wrong}"
+    sets = sets_beyond_l2(nbytes // 2, device)  # what is moved is touched about twice
+    times = interleaved(
+        {name: [make(i) for i in range(sets)] for name, make in variants.items()}, device
+    )
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    rows = []
+    for name, t in times.items():
+        gbps = nbytes / t.ms / 1e6
+        share = gbps / copy if copy else None
+        rows.append(
+            Row(op, case, dtype, name, **asdict(t), bytes=nbytes, gbps=gbps, share_of_copy=share,
+                error=errors[name])
+        )  # fmt: skip
+    return rows
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write a record, with the rows of one that is there for all that was not measured again: of
+    the same commit, versions and card; one of others is replaced.
+    """
+    rows = content["rows"]
+    if path.is_file():
+        old = json.loads(path.read_text("utf-8"))
+        was, now = ({k: c["environment"].get(k) for k in SAME} for c in (old, content))
+        if was == now:
+            new = {(r["op"], r["case"], r["dtype"]) for r in rows}
+            kept = [r for r in old["rows"] if (r["op"], r["case"], r["dtype"]) not in new]
+            content = {**content, "rows": kept + rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
