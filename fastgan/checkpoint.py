@@ -91,9 +91,7 @@ def save(
     try:
         files = {}
         for part in PARTS:
-            content = safetensors.torch.save(
-                {name: t.detach().cpu().contiguous() for name, t in parts[part].items()}
-            )
+            content = safetensors.torch.save(_apart(parts[part]))
             write_flushed(scratch / f"{part}.safetensors", content)
             files[part] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         record = {"format_version": FORMAT_VERSION, "images": images, **meta, "files": files}
@@ -105,6 +103,20 @@ def save(
         raise
     flush_folder(folder)
     return final
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU where one is needed, none in the memory of another: parameters may share
+    one step count, and a file holds it under each name.
+    """
+    held: set[int] = set()
+    result = {}
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        place = t.untyped_storage().data_ptr()
+        result[name] = t.clone() if place in held else t
+        held.add(place)
+    return result
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -101,6 +101,15 @@ def test_wrong_flags_and_values(capsys, tmp_path):
     assert "--count must be greater" in refused(capsys, "faces", "--out", tmp_path, "--count", "0")
 
 
+def test_kernels_that_cannot_run_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    args = ["train", "--data", "faces:32", *TINY, "--device", "cpu", "--out", tmp_path]
+    said = refused(capsys, *args, "--kernels", "triton")
+    assert "--kernels triton: the kernels need an NVIDIA GPU; auto takes PyTorch's own here" in said
+    assert "--kernels" in refused(capsys, *args, "--kernels", "cuda")
+    assert not list(tmp_path.glob("0*"))
+
+
 def test_wrong_recipes(capsys, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('batches = 3\nwidth = "wide"\n')

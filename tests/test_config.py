@@ -33,6 +33,7 @@ configs = st.builds(
     batch=st.integers(2, 65536),
     epochs=st.none() | positive,
     amp=st.booleans(),
+    kernels=st.sampled_from(["auto", "triton", "torch"]),
     device=st.sampled_from(["auto", "cpu", "cuda"]),
     seed=st.integers(0, 2**63 - 1),
     pixel_range=st.sampled_from([(-1.0, 1.0), (0.0, 1.0)]),

@@ -85,3 +85,43 @@ def test_the_commit_is_that_of_our_own_checkout_only(monkeypatch, tmp_path):
 def test_environment_names_versions_and_machine():
     found = env.environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__ and found["cores"] >= 1 and found["cpu"]
+
+
+def test_the_kernels_are_for_a_gpu(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("auto", "torch"):
+        assert env.pick_kernels(name, cpu)[0] == "torch"
+    assert "fastgan's Triton kernels need an NVIDIA GPU" in env.pick_kernels("auto", cpu)[1]
+    with pytest.raises(UsageError, match="--kernels triton: the kernels need an NVIDIA GPU"):
+        env.pick_kernels("triton", cpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the tests' way to run them on a CPU
+    assert env.pick_kernels("triton", cpu)[0] == "triton"
+    assert env.pick_kernels("auto", cpu)[0] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "lack", "words"),
+    [
+        ((9, 0), "", ""),
+        ((7, 5), "", "need a card of sm_80 or newer"),
+        ((9, 0), "a C compiler (gcc)", r"need a C compiler \(gcc\)"),
+    ],
+)
+def test_the_kernels_on_a_gpu_say_what_they_lack(monkeypatch, capability, lack, words):
+    cuda = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(env, "missing_for_triton", lambda: lack)
+    impl, line = env.pick_kernels("auto", cuda)
+    assert env.pick_kernels("torch", cuda)[0] == "torch"
+    if not words:
+        assert impl == env.pick_kernels("triton", cuda)[0] == "triton"
+        return
+    assert impl == "torch"
+    with pytest.raises(UsageError, match=f"--kernels triton: the kernels {words}"):
+        env.pick_kernels("triton", cuda)
+
+
+def test_a_copy_of_a_tree_knows_its_commit_from_the_environment(monkeypatch):
+    monkeypatch.setenv("FASTGAN_COMMIT", "c" * 40)
+    assert env.commit() == ("c" * 40, True)

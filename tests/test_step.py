@@ -152,6 +152,7 @@ def test_float32_equals_the_reference_step_by_step(how):
 # not a power of two, and bfloat16 cut off instead of rounded: an error twice as large.
 KERNELS = Case(size=32, latent=8, width=6, batch=6)
 CUT_OFF = {k: v * 2 for k, v in BF16.items()}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels on a GPU where there is one
 
 
 @pytest.mark.parametrize(
@@ -160,27 +161,30 @@ CUT_OFF = {k: v * 2 for k, v in BF16.items()}
     ids=["fp32", "bf16", "fp16"],
 )
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
-def test_the_kernels_equal_the_reference_step_by_step(amp_dtype, limits, one_pass):
-    step = make_step(KERNELS, amp_dtype=amp_dtype, one_pass=one_pass, impl="triton")
+def test_the_kernels_equal_the_reference_step_by_step(amp_dtype, limits, one_pass, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    how = {"one_pass": one_pass, "impl": "triton", "device": DEVICE}
+    step = make_step(KERNELS, amp_dtype=amp_dtype, **how)
     if amp_dtype == torch.float16:
-        step.scaler.scale(torch.zeros(()))
+        step.scaler.scale(torch.zeros((), device=DEVICE))
         step.scaler.update(1024.0)
     within(teacher_forced(step, KERNELS, steps=4), limits)
 
 
 @pytest.mark.parametrize("mistake", [Ungrouped, FakeFirst, EvalInG, StaleD])
-def test_teacher_forcing_shows_a_planted_mistake_with_the_kernels(mistake):
-    step = make_step(KERNELS, kind=mistake, impl="triton")
+def test_teacher_forcing_shows_a_planted_mistake_with_the_kernels(mistake, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    step = make_step(KERNELS, kind=mistake, impl="triton", device=DEVICE)
     with pytest.raises(AssertionError):
         within(teacher_forced(step, KERNELS, steps=2), FLOAT32)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_the_average_follows_the_generator_through_the_steps(impl):
-    step = make_step(KERNELS, impl=impl, with_ema=True)
+    step = make_step(KERNELS, impl=impl, with_ema=True, device=DEVICE)
     ours, theirs = step.ema.network.state_dict(), step.generator.state_dict()
     expected = {name: t.double() for name, t in ours.items()}
-    for count, batch in enumerate(batches(KERNELS, 3), 1):
+    for count, batch in enumerate(batches(KERNELS, 3, DEVICE), 1):
         step(batch)
         keep = 0.5 ** (1 / min(100, 0.05 * count))
         for name, t in theirs.items():

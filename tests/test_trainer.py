@@ -340,3 +340,31 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("fastgan.runlog.fcntl.flock", no_locks)
     assert train(tmp_path, "--kimg=0.04") == 0
     assert "cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_a_run_on_the_kernels_and_its_checkpoint_without_them(tmp_path, monkeypatch, capsys):
+    """The same run folder, near the same losses; a checkpoint of either goes on with the other."""
+    losses = {}
+    for kernels in ("triton", "torch"):
+        out = tmp_path / kernels
+        flags = ["--kimg=0.032", "--tick-kimg=0.008", f"--kernels={kernels}"]
+        assert train(out, *flags) == 0
+        losses[kernels] = np.load(only_run(out) / "losses.npy")
+        words = "fastgan's, by Triton" if kernels == "triton" else "PyTorch's own (--kernels torch)"
+        assert words in (only_run(out) / "log.txt").read_text()
+    # from one seed: before float32's roundings part them (tests/equality.py), the same numbers
+    np.testing.assert_allclose(losses["triton"][0], losses["torch"][0], rtol=1e-3)
+    np.testing.assert_allclose(losses["triton"], losses["torch"], rtol=0.2)
+    names = {k: set(tensors(only_run(tmp_path / k))) for k in losses}
+    assert names["triton"] == names["torch"]
+    for kernels, other in (("triton", "torch"), ("torch", "triton")):
+        run = only_run(tmp_path / kernels)
+        before = tensors(run)
+        steps = {float(t) for name, t in before.items() if name.endswith(".step")}
+        assert steps == {4.0} and float(before["state.ema.steps"]) == 4.0
+        more = ["--kimg=0.048", f"--kernels={other}", f"--resume={run}"]
+        assert main(["train", *more]) == 0
+        assert f"kernels: {kernels} -> {other}" in capsys.readouterr().out
+        after = tensors(run)
+        assert {float(t) for name, t in after.items() if name.endswith(".step")} == {6.0}

@@ -1,32 +1,48 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: the `gpu` tests, then three short runs with their img/s.
+# Everything that needs a GPU, in one call: the tests, the benchmarks of the kernels with their
+# record, other launch settings, then short runs with their img/s.
 #
-#   tools/gpu_check.sh OUT [FOLDER OF IMAGES]
+#   tools/gpu_check.sh OUT [FOLDER OF IMAGES]       ONLY="tests kernels" for some of the sections
 #
 # Runs from the tree, installed or not, goes on after a section that fails and exits 1 then. OUT
-# gets a log a section, the run folders and summary.txt; all but checkpoints is in OUT/gpu_check.tar.
+# gets a log a section, the records, the run folders and summary.txt; all but checkpoints is in
+# OUT/gpu_check.tar. FASTGAN_COMMIT names the commit of a copy without git.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 data=${2:-faces:20000}
 [ -d "$data" ] && data=$(cd "$data" && pwd)
 cd "$(dirname "$0")/.."
-export PYTHONPATH=.:kernels FASTGAN_CACHE=${FASTGAN_CACHE:-$out/cache}
+export PYTHONPATH=.:kernels:benchmarks${PYTHONPATH:+:$PYTHONPATH}
+export FASTGAN_CACHE=${FASTGAN_CACHE:-$out/cache}
 python=${PYTHON:-python3}
 
-section() { # name, command ...
-  local name=$1
-  shift
-  if timeout 240 "$@" >"$out/$name.log" 2>&1; then echo "ok      $name"; else echo "FAILED  $name ($?)"; fi
+section() { # name, seconds, command ...
+  local name=$1 seconds=$2 began=$SECONDS
+  shift 2
+  [[ -z ${ONLY:-} || " $ONLY " == *" $name "* ]] || return 0
+  if timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then echo "ok      $name, $((SECONDS - began)) s"
+  else echo "FAILED  $name ($?), $((SECONDS - began)) s"; fi
+}
+run() { # name, flags of fastgan train
+  section "$1" 240 "$python" -m fastgan train --out "$out/$1" "${@:2}"
 }
 
 {
-  section info "$python" -m fastgan info
-  section tests "$python" -m pytest -m gpu -p no:cacheprovider
-  section quickstart "$python" -m fastgan train --out "$out/quickstart"
-  section plain "$python" -m fastgan train --data "$data" --kimg 1000 --out "$out/plain"
-  section amp "$python" -m fastgan train --data "$data" --kimg 3000 --amp --out "$out/amp"
-  section amp_compile "$python" -m fastgan train --data "$data" --kimg 3000 --amp --compile --out "$out/amp_compile"
-  for run in "$out"/{quickstart,plain,amp,amp_compile}/0*; do
+  section info 60 "$python" -m fastgan info
+  # the tests of the kernels run on the GPU where there is one
+  section tests 400 "$python" -m pytest tests/kernels tests/test_step.py -p no:cacheprovider
+  section others 200 "$python" -m pytest -m gpu tests -p no:cacheprovider \
+    --ignore tests/kernels --ignore tests/test_step.py
+  section large 100 "$python" -m pytest -m "gpu and slow" tests/kernels -p no:cacheprovider
+  section kernels 580 "$python" -m pytest benchmarks --benchmark-only -k kernels \
+    -p no:cacheprovider --records "$out/results"
+  section sweep 400 "$python" tools/sweep_launches.py --out "$out/sweep.json"
+  run quickstart
+  run plain --data "$data" --kimg 1000
+  run amp_torch --data "$data" --kimg 3000 --amp --kernels torch
+  run amp --data "$data" --kimg 3000 --amp
+  run amp_compile --data "$data" --kimg 3000 --amp --compile
+  for run in "$out"/{quickstart,plain,amp_torch,amp,amp_compile}/0*; do
     [ -f "$run/stats.jsonl" ] || continue
     "$python" - "$run" <<'PY'
 import json, statistics, sys
