@@ -293,6 +293,7 @@ def _(*args):
     return None
 
 
+@torch.no_grad()
 def adam_ema(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -83,6 +83,7 @@ def _moments(
 def _bn_act_stats_kernel(
     x_ptr,  # [groups, M, C]
     partial_ptr,  # [groups, splits, 2, C] float32
+    pivot_ptr,  # [groups, C] float32
     counter_ptr,  # [ceil(C / BLOCK_C)] int32
     mean_ptr, var_ptr,  # [groups, C] float32
     running_mean_ptr, running_var_ptr,  # [C] float32
@@ -114,7 +115,7 @@ def _bn_act_stats_kernel(
     tl.store(at, tl.sum(one, axis=0), mask=in_c)
     tl.store(at + C, tl.sum(two, axis=0), mask=in_c)
     if split == 0:
-        tl.store(mean_ptr + group * C + c, pivot, mask=in_c)  # for the last program
+        tl.store(pivot_ptr + group * C + c, pivot, mask=in_c)  # for the last program
     tl.debug_barrier()  # all threads' sums are written before one of them counts this program
     if tl.atomic_add(counter_ptr + block, 1, sem="acq_rel", scope="gpu") == splits * groups - 1:
         if TRACK:
@@ -128,7 +129,7 @@ def _bn_act_stats_kernel(
             off = one_c / M
             var = two_c / M - off * off
             var = tl.where(var < 0, 0.0, var)
-            mean = tl.load(mean_ptr + g * C + c, mask=in_c, other=0.0, cache_modifier=".cg") + off
+            mean = tl.load(pivot_ptr + g * C + c, mask=in_c, other=0.0, cache_modifier=".cg") + off
             tl.store(mean_ptr + g * C + c, mean, mask=in_c)
             tl.store(var_ptr + g * C + c, var, mask=in_c)
             if TRACK:
@@ -363,8 +364,8 @@ def bn_act_stats(
     launch(
         _bn_act_stats_kernel,
         (splits, tiling.columns, groups),
-        x, tiling.per_group(splits, 2), counters(tiling.columns, x.device), mean, var,
-        running_mean, running_var, num_batches_tracked,
+        x, tiling.per_group(splits, 2), tiling.per_group(), counters(tiling.columns, x.device),
+        mean, var, running_mean, running_var, num_batches_tracked,
         tiling.m, tiling.units, chunk, splits, groups, momentum,
         TRACK=track, BLOCK_S=ROWS_LAST, **tiling.options,
     )  # fmt: skip

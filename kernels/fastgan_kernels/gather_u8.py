@@ -47,8 +47,8 @@ def _gather_u8_kernel(
     N, low, scale,
     SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,  # ROW = W * 3
 ):  # fmt: skip
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1)
+    b = tl.program_id(0)  # the axis that takes more than 65,535 programs
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
     index = tl.load(index_ptr + b).to(tl.int64)
     image_ptr = images_ptr + index * SIZE
@@ -83,7 +83,7 @@ def _gather_u8_fused(
     size = height * width * 3
     launch(
         _gather_u8_kernel,
-        (-(-size // BLOCK), len(index)),
+        (len(index), -(-size // BLOCK)),
         images, index, flip, y, count, low, (high - low) / 255,
         device=images.device, num_warps=WARPS,
         enable_fp_fusion=False,  # the roundings of the definition: both ends of the range exact
