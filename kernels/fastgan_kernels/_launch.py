@@ -110,9 +110,17 @@ class _Counters:
 _COUNTERS: dict[torch.device, _Counters] = {}
 
 
+def _captured(device: torch.device) -> bool:
+    """Whether `device`'s current stream is being captured into a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def counters(count: int, device: torch.device) -> Tensor:
     """int32 [count] of zeros that the kernel leaves at zero."""
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    captured = _captured(device)
     if device not in _COUNTERS and not captured:
         _COUNTERS[device] = _Counters(device)
     taken = _COUNTERS[device].take(count, captured) if device in _COUNTERS else None

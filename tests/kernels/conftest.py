@@ -1,5 +1,8 @@
 """Where the kernels run, and memory that shows what they did not write."""
 
+import contextlib
+import sys
+
 import pytest
 import torch
 
@@ -17,7 +20,6 @@ def device():
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """A kernel that leaves one element of its output unwritten yields NaN, not luck."""
-    import sys
 
     def nan(tensor):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
@@ -28,3 +30,28 @@ def poison(monkeypatch):
         for function in {"empty", "empty_like"} & vars(module).keys():
             real = {"empty": empty, "empty_like": empty_like}[function]
             monkeypatch.setattr(module, function, lambda *a, real=real, **k: nan(real(*a, **k)))
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """A context in which the interpreter runs each grid's programs from the last to the first; it
+    gives the list of those that ran.
+    """
+    if not _launch.INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    @contextlib.contextmanager
+    def reversed_grids():
+        ran, forwards = [], builder.set_grid_idx
+
+        def set_grid_idx(*place):
+            ran.append(place)
+            sizes = builder.grid_dim
+            forwards(*(size - 1 - i for size, i in zip(sizes, place, strict=True)))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_idx", set_grid_idx)
+            yield ran
+
+    return reversed_grids

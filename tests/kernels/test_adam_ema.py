@@ -1,5 +1,6 @@
 """adam_ema and the optimizer around it against torch.optim.Adam and written-out averages."""
 
+import contextlib
 import copy
 
 import pytest
@@ -221,6 +222,23 @@ def test_the_same_bits_twice(device):
         results.append([p.detach() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not _launch._COUNTERS[device]._all.any()
+
+
+def test_whichever_program_ends_last_counts_the_step(device, backwards):
+    results = []
+    for order in (contextlib.nullcontext, backwards):
+        torch.manual_seed(3)
+        net = network(device)
+        average = averaged(net)
+        adam = Adam(net.parameters(), average=average, impl="triton")
+        with order():
+            for _ in range(2):
+                for p, g in zip(net.parameters(), gradients(net), strict=True):
+                    p.grad = g
+                adam.step()
+        results.append([*net.parameters(), *average.params, average.step])
+        assert float(average.step) == float(adam.state[next(net.parameters())]["step"]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_gradient_in_another_layout_is_taken_as_it_is_meant(device):

@@ -231,6 +231,15 @@ def test_the_kernels_give_the_same_bits_twice(dtype, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_whichever_program_ends_last_gives_the_same_bits(device, backwards):
+    """A GPU runs programs in any order: here from the first to the last, and the other way."""
+    x, parameters, grad = inputs((16, 150, 9, 9), torch.float32, device)
+    first = run(x, parameters, grad, impl="triton", groups=2)
+    with backwards() as ran:
+        second = run(x, parameters, grad, impl="triton", groups=2)
+    assert len(ran) > 30 and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_the_kernels_take_any_memory_layout(device):
     x, parameters, grad = inputs((6, 20, 10, 8), torch.float32, device)
     expected = run(x, parameters, grad, impl="triton")
