@@ -45,26 +45,34 @@ def copy_gbps(device, pytestconfig):
     return pytestconfig.stash[COPY]
 
 
+@pytest.fixture(scope="session")
+def machine(device):
+    """What the record says of where it was made."""
+    return environment(device)
+
+
 @pytest.fixture
-def record(pytestconfig):
-    """A function that takes the rows of a test into the record."""
-    return pytestconfig.stash[ROWS].extend
+def record(pytestconfig, device, machine, copy_gbps):
+    """A function that takes the rows of a test into the record; a GPU's are written at once, so
+    that a run which is cut short keeps what it has.
+    """
+    rows = pytestconfig.stash[ROWS]
 
+    def take(more):
+        rows.extend(more)
+        if device.type != "cuda":
+            return
+        name = re.sub(r"\W+", "-", machine["gpu"]).lower()
+        content = {
+            "date": time.strftime("%Y-%m-%d"),
+            "environment": machine,
+            "copy_gbps": copy_gbps,
+            "rows": [row.__dict__ for row in rows],
+        }
+        path = Path(pytestconfig.getoption("records")) / name / "kernels.json"
+        harness.write_record(path, content)
 
-def pytest_sessionfinish(session):
-    rows, config = session.config.stash[ROWS], session.config
-    if not rows or not torch.cuda.is_available():
-        return
-    device = torch.device("cuda:0")
-    machine = environment(device)
-    folder = Path(config.getoption("records")) / re.sub(r"\W+", "-", machine["gpu"]).lower()
-    content = {
-        "date": time.strftime("%Y-%m-%d"),
-        "environment": machine,
-        "copy_gbps": config.stash[COPY],
-        "rows": [row.__dict__ for row in rows],
-    }
-    harness.write_record(folder / "kernels.json", content)
+    return take
 
 
 def pytest_terminal_summary(terminalreporter, config):

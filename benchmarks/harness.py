@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 ROUNDS, WARM_UP = 40, 3
-GRAPH_MS = 0.5  # a graph repeats its sets for about this long: events resolve half a microsecond
+GRAPH_MS = 1.0  # a graph repeats its sets for about this long: events resolve half a microsecond
+QUEUED_CYCLES = 200_000  # a tenth of a millisecond, in which the host launches the graph
 Call = Callable[[], Any]
 # What must be the same for the rows of two runs to stand in one record.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "commit", "clean")
@@ -69,41 +70,51 @@ def interleaved(variants: dict[str, Sequence[Call]], device: torch.device) -> di
 
 
 def _on_gpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
-    graphs = {name: _captured(calls) for name, calls in variants.items()}
+    graphs = {name: _repeated(calls) for name, calls in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for i in range(WARM_UP + ROUNDS):
         for name, (graph, count, _) in graphs.items():
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
+            ms = _replay_ms(graph) / count
             if i >= WARM_UP:
-                times[name].append(begin.elapsed_time(end) / count)
+                times[name].append(ms)
     return {name: _summary(t) for name, t in times.items()}
 
 
-def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
-    """A graph over the calls, how many it holds, and what keeps their outputs apart."""
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """How long the GPU takes for one replay, which is queued whole before the clock starts."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUED_CYCLES)
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _repeated(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
+    """A graph of about GRAPH_MS over the calls, how many it holds, and their outputs."""
+    graph, _ = _captured(calls, 1)
+    _replay_ms(graph)
+    repeats = max(1, min(50, round(GRAPH_MS / max(_replay_ms(graph), 1e-3))))
+    graph, kept = _captured(calls, repeats)
+    return graph, repeats * len(calls), kept
+
+
+def _captured(calls: Sequence[Call], repeats: int) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A graph of the calls, and what keeps the outputs of each in memory of its own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
             for call in calls:
                 call()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    repeats = max(1, min(20, round(GRAPH_MS / max(begin.elapsed_time(end), 1e-3))))
     graph, kept = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             kept = [call() for call in calls]  # outputs of their own, a walk over the sets apart
-    return graph, repeats * len(calls), kept
+    return graph, kept
 
 
 def _on_cpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
@@ -188,14 +199,14 @@ def measure(
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Write a record, with the rows of one that is there for all that was not measured again: of
-    the same commit, versions and card; one of others is replaced.
+    """Write a record, with the rows of one that is there for all that was not measured again, if it
+    is of the same commit, a clean one, and of the same versions and card; else it is replaced.
     """
     rows = content["rows"]
     if path.is_file():
         old = json.loads(path.read_text("utf-8"))
         was, now = ({k: c["environment"].get(k) for k in SAME} for c in (old, content))
-        if was == now:
+        if was == now and now["commit"] and now["clean"]:
             new = {(r["op"], r["case"], r["dtype"]) for r in rows}
             kept = [r for r in old["rows"] if (r["op"], r["case"], r["dtype"]) not in new]
             content = {**content, "rows": kept + rows}

@@ -41,6 +41,7 @@ COMPILED = {
     "torch.compile": {},
     "torch.compile, reads 20": {"options": {"realize_reads_threshold": 20}},
 }
+RAMP = 0.05  # of the average: its weight at the first step is 1 - 2^-20
 STATISTICS = {"training": True, "momentum": 0.1, "eps": 1e-5}
 
 
@@ -89,13 +90,9 @@ def test_bn_act(layer, batch, dtype, device, copy_gbps, record, benchmark):
         y = run(*leaves, *statistics)
         return y, *torch.autograd.grad(y, leaves, dy)
 
-    def forward_and_backward(run, i=0):
-        leaves, statistics, dy = buffers(i)
-        return both_ways(run, i)
-
     def checked(run):
         """On statistics that start the same for every variant; they belong to what is checked."""
-        leaves, statistics, dy = buffers(0)
+        statistics = buffers(0)[1]
         kept = [t.clone() for t in statistics]
         results = [*both_ways(run, 0), *(t.clone() for t in statistics)]
         for t, before in zip(statistics, kept, strict=True):
@@ -194,7 +191,7 @@ class Followed:
             self.low = [torch.empty_like(p, dtype=torch.bfloat16) for p in self.params]
             count = torch.zeros((), dtype=torch.float64, device=device)
             copies = [p.detach().clone() for p in self.params]
-            self.average = Average(copies, [], count, 100.0, 0.05)
+            self.average = Average(copies, [], count, 100.0, RAMP)
         if impl == "torch":
             self.adam = torch.optim.Adam(
                 self.params, lr=torch.tensor(2e-4, device=device), betas=(0.5, 0.999),
@@ -211,7 +208,8 @@ class Followed:
         if self.apart and self.low:
             with torch.no_grad():
                 torch._foreach_copy_(self.low, self.params)
-            self.average.move(self.params)
+                # as torch.optim.swa_utils moves one, by the weight that the first step has
+                torch._foreach_lerp_(self.average.params, self.params, 1 - 0.5 ** (1 / RAMP))
 
     def tensors(self):
         return [*self.params, *self.low, *(self.average.params if self.average else [])]
@@ -234,7 +232,7 @@ def test_adam_ema(network, extras, device, copy_gbps, record, benchmark):
         step = torch.zeros((), device=device)
         copies = [p.clone() for p in params]
         average = Average(
-            copies, [], torch.zeros((), dtype=torch.float64, device=device), 100.0, 0.05
+            copies, [], torch.zeros((), dtype=torch.float64, device=device), 100.0, RAMP
         )
         adam_ema(
             params, [p.grad.double() for p in wide.params], *moments, step,

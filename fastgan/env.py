@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastgan_kernels import INTERPRETED
+
 from . import __version__
 from .config import recipe_names
 from .errors import UsageError
@@ -108,15 +110,14 @@ def pick_kernels(name: str, device: torch.device) -> tuple[str, str]:
         return "torch", "PyTorch's own (--kernels torch)"
     if why or (name == "auto" and device.type == "cpu"):
         return "torch", f"PyTorch's own (fastgan's Triton kernels {why or 'are not for a CPU'})"
-    return "triton", f"fastgan's, by Triton {version_of('triton')}"
+    how = " in its interpreter: for tests, a thousand times slower" if device.type == "cpu" else ""
+    return "triton", f"fastgan's, by Triton {version_of('triton')}{how}"
 
 
 def _why_no_kernels(device: torch.device) -> str:
     """What the Triton kernels lack on `device`, or ""."""
     if device.type == "cpu":
-        # Triton's interpreter runs them on a CPU, for tests: a thousand times slower
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and version_of("triton")
-        return "" if interpreted else "need an NVIDIA GPU"
+        return "" if INTERPRETED else "need an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "need a card of sm_80 or newer"
     lack = missing_for_triton()
@@ -186,19 +187,20 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> tuple[str | None, bool]:
-    """The git commit of the source tree that runs, and whether it was clean; (None, False) outside
-    a checkout, but for what FASTGAN_COMMIT says: a copy of a clean tree knows it from there.
+    """The git commit of the source tree that runs, and whether it was clean.
+
+    Outside a checkout it is what FASTGAN_COMMIT says, which a copy of a clean tree is given;
+    (None, False) without it.
     """
-    if given := os.environ.get("FASTGAN_COMMIT"):
-        return given, True
+    given = os.environ.get("FASTGAN_COMMIT") or None
     root = Path(__file__).resolve().parents[1]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
         if Path(top) != root:  # installed into somebody else's repository
-            return None, False
+            return given, given is not None
         return _git(root, "rev-parse", "HEAD"), not _git(root, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
-        return None, False
+        return given, given is not None
 
 
 def _git(root: Path, *args: str) -> str:

@@ -47,6 +47,7 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
     """`fastgan train`: returns 0, or 128 + the signal that ended the run after a save."""
     config = config.model_copy(update={"data": absolute(config.data, "--data")})
     device = pick_device(config.device)
+    pick_kernels(config.kernels, device)  # refused before anything is decoded
     start = run_to_resume(config, resume)
     if start is None:
         check_folder(config.out, "--out")

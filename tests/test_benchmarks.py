@@ -92,6 +92,12 @@ def test_a_record_keeps_what_was_not_measured_again(tmp_path):
     assert sorted((r["case"], r["ms"]) for r in rows) == [("G1", 0.4), ("G1", 1.0), ("G2", 0.25)]
     harness.write_record(path, {**again, **record(commit="b" * 40), "rows": again["rows"]})
     assert len(json.loads(path.read_text())["rows"]) == 2  # another commit's rows are not kept
+    for commit, clean in ((None, False), ("b" * 40, False)):  # nor those of who knows what tree
+        for content in (record(commit), again):
+            content = {**content, "environment": record(commit)["environment"]}
+            content["environment"]["clean"] = clean
+            harness.write_record(path, content)
+        assert len(json.loads(path.read_text())["rows"]) == 2
 
 
 def test_the_table_says_what_the_record_says(tmp_path):

@@ -89,14 +89,15 @@ def test_environment_names_versions_and_machine():
 
 def test_the_kernels_are_for_a_gpu(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(env, "INTERPRETED", False)
     for name in ("auto", "torch"):
         assert env.pick_kernels(name, cpu)[0] == "torch"
     assert "fastgan's Triton kernels need an NVIDIA GPU" in env.pick_kernels("auto", cpu)[1]
     with pytest.raises(UsageError, match="--kernels triton: the kernels need an NVIDIA GPU"):
         env.pick_kernels("triton", cpu)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the tests' way to run them on a CPU
-    assert env.pick_kernels("triton", cpu)[0] == "triton"
+    monkeypatch.setattr(env, "INTERPRETED", True)  # the tests' way to run them on a CPU
+    impl, line = env.pick_kernels("triton", cpu)
+    assert impl == "triton" and "in its interpreter" in line
     assert env.pick_kernels("auto", cpu)[0] == "torch"
 
 
@@ -124,4 +125,11 @@ def test_the_kernels_on_a_gpu_say_what_they_lack(monkeypatch, capability, lack, 
 
 def test_a_copy_of_a_tree_knows_its_commit_from_the_environment(monkeypatch):
     monkeypatch.setenv("FASTGAN_COMMIT", "c" * 40)
-    assert env.commit() == ("c" * 40, True)
+
+    def no_git(*_):
+        raise FileNotFoundError("git")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(env, "_git", no_git)
+        assert env.commit() == ("c" * 40, True)
+    assert env.commit()[0] != "c" * 40  # in a checkout git knows better

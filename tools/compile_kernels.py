@@ -132,7 +132,7 @@ def bn_act_calls(channels: int, size: int, dtype: torch.dtype, act: str) -> None
     given = (mean, var, vector, vector)
     ops.bn_act_apply(x, *given, *options)
     sums, _, _ = ops.bn_act_grad_sums(x, x, *given, *options)
-    ops.bn_act_grad_apply(x, x, *given, sums, 0.5, *options)
+    ops.bn_act_grad_apply(x, x, *given, sums, 2, *options)
 
 
 def gather_call(dtype: torch.dtype, flip: bool) -> None:
@@ -207,7 +207,10 @@ def count_wide(verb: str, ptx: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="every activation, odd channel counts")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="80 is sm_80, ...")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90], help="80 is sm_80, ...",
+        choices=[80, 86, 89, 90, 100, 103, 120],
+    )  # fmt: skip
     args = parser.parse_args()
     print(f"triton {triton.__version__}")
     print(f"{'kernel':<18} {'case':<40} {'sm':>3} regs stack shared loads16 stores16")

@@ -8,9 +8,18 @@
 # gets a log a section, the records, the run folders and summary.txt; all but checkpoints is in
 # OUT/gpu_check.tar. FASTGAN_COMMIT names the commit of a copy without git.
 set -uo pipefail
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+sections="info tests others large kernels sweep quickstart plain amp_torch amp amp_compile"
+die() {
+  echo "gpu_check: $*" >&2
+  exit 2
+}
+[ $# -ge 1 ] && [ $# -le 2 ] && [ -n "$1" ] || die "usage: tools/gpu_check.sh OUT [FOLDER OF IMAGES]"
+for name in ${ONLY:-}; do
+  [[ " $sections " == *" $name "* ]] || die "ONLY names $name, the sections are: $sections"
+done
+out=$(mkdir -p "$1" && cd "$1" && pwd) || die "OUT cannot be made: $1"
 data=${2:-faces:20000}
-[ -d "$data" ] && data=$(cd "$data" && pwd)
+[ $# -lt 2 ] || data=$(cd "$2" && pwd) || die "no folder of images: $2"
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:kernels:benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export FASTGAN_CACHE=${FASTGAN_CACHE:-$out/cache}

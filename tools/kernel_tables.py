@@ -23,7 +23,8 @@ def table(record: dict[str, Any]) -> str:
     multiple of ours.
     """
     machine, rows = record["environment"], record["rows"]
-    tree = machine["commit"][:10] + ("" if machine["clean"] else ", changed")
+    commit = machine["commit"][:10] if machine["commit"] else "unknown"
+    tree = commit + ("" if machine["clean"] else ", changed")
     lines = [
         f"### {machine['gpu']}\n",
         f"torch {machine['torch']}, Triton {machine['triton']}, CUDA {machine['cuda']}, driver "
@@ -36,6 +37,8 @@ def table(record: dict[str, Any]) -> str:
     for row in rows:
         cases.setdefault((row["op"], row["case"], row["dtype"]), {})[row["variant"]] = row
     for (op, case, dtype), variants in cases.items():
+        if "triton" not in variants:
+            continue
         ours = variants["triton"]
         others = [
             f"{name} {row['ms'] / ours['ms']:.2f}"
@@ -67,6 +70,10 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if not args.results.is_dir():
+        parser.error(f"--results: no such folder: {args.results}")
+    if not args.readme.is_file() or not {BEGIN, END} <= set(args.readme.read_text().splitlines()):
+        parser.error(f"--readme: must be a file with the lines {BEGIN} and {END}: {args.readme}")
     text = args.readme.read_text("utf-8")
     new = written(text, args.results)
     if args.check:

@@ -1,6 +1,6 @@
 """Time the kernels of bn_act under other launch settings than theirs, on an NVIDIA GPU.
 
-    PYTHONPATH=.:kernels:benchmarks python tools/sweep_launches.py [--batch 128 1024] [--out FILE]
+    python tools/sweep_launches.py [--batch 128 1024] [--out FILE]
 
 For each layer of a 64 px DCGAN, each of the four launches and each setting: microseconds and share
 of the copy bandwidth by that launch's own bytes, timed as the benchmarks time (`harness`). The
@@ -19,10 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import harness
-import torch
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
-from fastgan_kernels import bn_act_kernels as ops
+import harness  # noqa: E402
+import torch  # noqa: E402
+
+from fastgan_kernels import bn_act_kernels as ops  # noqa: E402
 
 LAYERS = [(512, 4), (256, 8), (128, 16), (64, 32)]
 TILE_BYTES, WARPS, PROGRAMS_PER_SM = (4 << 10, 8 << 10, 16 << 10, 32 << 10), (4, 8, 16), (1, 2, 4)
@@ -64,7 +67,7 @@ def calls(launch: str, batch: int, channels: int, size: int, sets: int) -> list[
                 "stats": partial(ops.bn_act_stats, x, weight, bias, count, 1, 0.1, True),
                 "apply": partial(ops.bn_act_apply, x, *given, *OPTIONS),
                 "grad_sums": partial(ops.bn_act_grad_sums, x, dy, *given, *OPTIONS),
-                "grad_apply": partial(ops.bn_act_grad_apply, x, dy, *given, sums, 1e-3, *OPTIONS),
+                "grad_apply": partial(ops.bn_act_grad_apply, x, dy, *given, sums, 1000, *OPTIONS),
             }[launch]
         )
     return found

@@ -2,6 +2,7 @@
 triton, never fastgan.
 """
 
+from ._launch import INTERPRETED
 from .adam import Adam
 from .adam_ema import Average, adam_ema, adam_ema_ref
 from .batch_norm_act import BatchNormAct2d
@@ -9,6 +10,7 @@ from .bn_act import bn_act, bn_act_ref
 from .gather_u8 import gather_u8, gather_u8_ref
 
 __all__ = [
+    "INTERPRETED",
     "Adam",
     "Average",
     "BatchNormAct2d",

@@ -4,6 +4,7 @@ the one door that launches go through.
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,11 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheel for this platform: kernels are defined there, and never launched
+except ImportError:  # no wheel for this platform
+    triton = None
+if (
+    triton is None or torch.version.hip
+):  # not for ROCm's Triton: kernels are defined, never launched
     triton, tl = None, SimpleNamespace(constexpr=object)
 
 IMPLS = ("auto", "triton", "torch", "ref")
@@ -40,31 +45,31 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return triton.jit(kernel, do_not_specialize=[n for n in names if n in integers])
 
 
-def choose(
-    op: str, impl: str, x: Tensor, dtype: torch.dtype | None = None, *, supported: bool = True
-) -> str:
-    """The implementation that `impl` means for `x` and `dtype` (x's own): "triton", "torch" or
-    "ref".
+def choose(op: str, impl: str, x: Tensor, fault: str) -> str:
+    """The implementation that `impl` means: "triton", "torch" or "ref".
 
-    "auto" is "triton" on an NVIDIA GPU for float32, bfloat16 and float16, where the op has said
-    that its other arguments are `supported`, and "torch" everywhere else.
+    Args:
+        x: what decides: on a GPU, in the interpreter, or empty.
+        fault: what keeps the kernels from the arguments, or "": "auto" is then "torch".
 
     Raises:
         ValueError: another name, or "triton" where it cannot run.
     """
-    dtype = dtype or x.dtype
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    fits = dtype in DTYPES and supported and x.numel() > 0
     if impl == "auto":
-        return "triton" if fits and x.is_cuda and triton is not None else "torch"
+        if not x.is_cuda or triton is None or not x.numel():
+            return "torch"
+        if fault and not torch.compiler.is_compiling():
+            warnings.warn(f"{op}: PyTorch's own operator, since {fault}", stacklevel=3)
+        return "torch" if fault else "triton"
     if impl == "triton":
         if triton is None:
             raise ValueError(f'{op}: impl="triton" needs the package triton, which is not here')
-        if not (x.is_cuda or INTERPRETED):
+        if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
             raise ValueError(f'{op}: impl="triton" needs tensors on an NVIDIA GPU, got {x.device}')
-        if dtype not in DTYPES:
-            raise ValueError(f'{op}: impl="triton" takes float32, bfloat16, float16, got {dtype}')
+        if fault:
+            raise ValueError(f'{op}: for impl="triton" {fault}')
         if not x.numel():
             return "torch"  # nothing to compute, and no grid of no programs
     return impl

@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adam_ema import Average, adam_ema
+from ._launch import IMPLS
+from .adam_ema import Average, adam_ema, check_options
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What torch.optim.Adam has beyond this one; and what it looks for in a state_dict to be itself.
+ABSENT: dict[str, Any] = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+THEIRS = {**ABSENT, "fused": True}
 
 
 class Adam(torch.optim.Optimizer):
@@ -16,9 +20,9 @@ class Adam(torch.optim.Optimizer):
 
     Its state is made at once, on the device and in each parameter's layout, under
     `torch.optim.Adam`'s names, and its state_dict goes into `torch.optim.Adam` and back; all
-    parameters of a group share one step count. The learning rate is a tensor on the device: write
-    into `param_groups[0]["lr"]` and a captured graph takes it up. `torch.amp.GradScaler` hands it
-    scale and found_inf, and no gradient is unscaled in memory.
+    parameters of a group share one step count. Learning rate, counts and moments are tensors on the
+    device that stay where they are, also when a state is loaded: a captured graph takes them up.
+    `torch.amp.GradScaler` hands it scale and found_inf, and no gradient is unscaled in memory.
 
     Args:
         params: parameters, or groups of them (`torch.optim.Optimizer`); float32 for "triton".
@@ -28,8 +32,8 @@ class Adam(torch.optim.Optimizer):
         impl: `adam_ema`'s.
 
     Raises:
-        ValueError: an option out of range; `low` or `average` with several groups; at a step, a
-            parameter without a gradient.
+        ValueError: an option out of range or not there; `low` or `average` with several groups; at
+            a step, a parameter without a gradient.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for each step
@@ -45,33 +49,31 @@ class Adam(torch.optim.Optimizer):
         average: Average | None = None,
         impl: str = "auto",
     ) -> None:
-        if lr < 0:
-            raise ValueError(f"Adam: lr must be 0 or more, got {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Adam: betas must be from 0 to below 1, got {betas}")
-        if eps < 0:
-            raise ValueError(f"Adam: eps must be 0 or more, got {eps}")
-        # the names that torch.optim.Adam looks for when it takes this state_dict
-        rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, **rest})
-        if (low or average is not None) and len(self.param_groups) > 1:
-            raise ValueError("Adam: low and average go with one group of parameters")
+        if impl not in IMPLS:
+            raise ValueError(f"Adam: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         self.low, self.average, self.impl = low, average, impl
-        for group in self.param_groups:
-            self._on_device(group)
-            first = group["params"][0]
-            step = torch.zeros((), dtype=torch.float32, device=first.device)
-            for p in group["params"]:
-                moments = {name: torch.zeros_like(p) for name in MOMENTS}  # in p's own layout
-                self.state[p] = {"step": step, **moments}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, **THEIRS})
 
-    @staticmethod
-    def _on_device(group: dict[str, Any]) -> None:
-        """A learning rate of the group's own, where its parameters are."""
-        first = group["params"][0]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        group["lr"] = torch.as_tensor(group["lr"]).to(first.device, wide).clone()
-        group["capturable"] = first.is_cuda  # torch.optim.Adam: on other devices it must not be
+    def __getstate__(self) -> dict[str, Any]:
+        mine = {"low": self.low, "average": self.average, "impl": self.impl}
+        return {**super().__getstate__(), **mine}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take further parameters, with options of their own; their state is made at once."""
+        if (self.low or self.average is not None) and self.param_groups:
+            raise ValueError("Adam: low and average go with one group of parameters")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        params = group["params"]
+        if not params:
+            raise ValueError("Adam: a group must hold at least one parameter, got none")
+        _check_group(group)
+        device, wide = params[0].device, torch.promote_types(params[0].dtype, torch.float32)
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64).to(device, wide)
+        group["capturable"] = params[0].is_cuda  # torch.optim.Adam's: only there
+        step = torch.zeros((), dtype=torch.float32, device=device)
+        for p in params:
+            self.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in MOMENTS}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,6 +90,12 @@ class Adam(torch.optim.Optimizer):
                     f"Adam: parameter {missing[0]} of shape {tuple(params[missing[0]].shape)} has "
                     "no gradient; leave out of the optimizer what is not trained"
                 )
+            if not isinstance(group["lr"], Tensor):
+                raise ValueError(
+                    f"Adam: lr must stay the tensor that it is, got {group['lr']}; write into it: "
+                    'param_groups[0]["lr"].fill_(...)'
+                )
+            _check_absent(group)
             adam_ema(
                 params,
                 [p.grad for p in params],
@@ -106,31 +114,51 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Adam`'s: each parameter has a step count of its own there."""
+        """As `torch.optim.Adam`'s, where each parameter has a step count of its own."""
         saved = super().state_dict()
-        apart = {i: {**s, "step": s["step"].clone()} for i, s in saved["state"].items()}
-        return {**saved, "state": apart}
+        state = {i: {**s, "step": s["step"].clone()} for i, s in saved["state"].items()}
+        groups = [{**group, "lr": group["lr"].clone()} for group in saved["param_groups"]]
+        return {**saved, "state": state, "param_groups": groups}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of this optimizer or of a `torch.optim.Adam`.
+        """Take the state of this optimizer or of a `torch.optim.Adam`, into the tensors in use.
 
         Raises:
-            ValueError: it has a weight decay, amsgrad or maximize; or its parameters have been
-                stepped a different number of times.
+            ValueError: it is another optimizer's, has a weight decay, amsgrad or maximize, or its
+                parameters have been stepped a different number of times.
         """
         for group in state_dict["param_groups"]:
-            for name in ("weight_decay", "amsgrad", "maximize"):
-                if group.get(name):
-                    raise ValueError(f"Adam: cannot take a state with {name}, got {group[name]}")
-            steps = {float(state_dict["state"][i]["step"]) for i in group["params"]}
+            _check_group(group)
+            states = [state_dict["state"].get(i) for i in group["params"]]
+            if any(s is not None and not s.keys() >= {"step", *MOMENTS} for s in states):
+                raise ValueError("Adam: the state must hold step, exp_avg and exp_avg_sq")
+            steps = {float(s["step"]) if s is not None else 0.0 for s in states}
             if len(steps) > 1:
                 raise ValueError(f"Adam: all parameters must have one step count, got {steps}")
+        mine = {p: dict(state) for p, state in self.state.items()}
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            self._on_device(group)
-            first = group["params"][0]
-            step = self.state[first]["step"].to(first.device, torch.float32)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            rate.copy_(torch.as_tensor(group["lr"]))
+            group["lr"], group["capturable"] = rate, rate.is_cuda
             for p in group["params"]:
-                self.state[p]["step"] = step
-                for name in MOMENTS:  # in p's own layout, whatever it was saved in
-                    self.state[p][name] = torch.empty_like(p).copy_(self.state[p][name])
+                for name, t in mine[p].items():
+                    taken = self.state[p].get(name)  # none before the other's first step
+                    t.zero_() if taken is None else t.copy_(taken)
+                self.state[p] = mine[p]
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if not group.keys() >= {"lr", "betas", "eps"}:
+        raise ValueError(f"Adam: a group must hold lr, betas and eps, got {', '.join(group)}")
+    check_options("Adam", group["betas"], group["eps"])
+    if not 0 <= float(group["lr"]) < float("inf"):
+        raise ValueError(f"Adam: lr must be 0 or more, got {float(group['lr'])}")
+    _check_absent(group)
+
+
+def _check_absent(group: dict[str, Any]) -> None:
+    for name in ABSENT:
+        if group.get(name):
+            raise ValueError(f"Adam: there is no {name} here, got {group[name]}")

@@ -18,12 +18,12 @@ be averaged beside the parameters.
 
 `lr` and both counts are 0-d tensors on the device, read and advanced there: a captured graph goes
 on counting, and takes another learning rate without a new capture. With `found_inf` not zero the
-step is skipped, but for the average; `grad_scale` is what the gradients were multiplied by (the
-contract of `torch.amp.GradScaler`).
+step is skipped, but for copy and average; `grad_scale` is what the gradients were multiplied by
+(the contract of `torch.amp.GradScaler`).
 
 Bytes an element, float32 weights and gradients: 28 (p, m, v read and written, g read), 26 with a
-gradient of 16 bits, 2 more for `low`, 8 more for `average`. Bound by these; a DCGAN's 3 M
-parameters take as long as one large activation pass.
+gradient of 16 bits, 2 more for `low`, 8 more for `average`. Bound by these: 84 MB for 3 M
+parameters.
 """
 
 import math
@@ -34,11 +34,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ._launch import choose, counters, jit, launch, tl
+from ._launch import DTYPES, choose, counters, jit, launch, tl
 
 BLOCK = 1024  # elements a program: a 16-byte load of each array by each of 128 threads, twice
 WARPS = 4
-MOST = 64  # tensors a launch: their pointers are kernel arguments, of which there may be 4 KB
+# Tensors a launch: their pointers are kernel arguments, 4 KB of them (CUDA 12.1 takes 32), and each
+# tensor is a branch of its own to compile.
+MOST = 64
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Average:
         params: the average of each parameter, in the parameters' order.
         buffers: (source, average) of each floating-point buffer that is averaged as well.
         step: 0-d float64, how often it has moved.
-        half_life: in steps; 0 copies.
+        half_life: in steps; 0: all of the way at each.
         ramp: the half-life is at most this share of the steps so far.
     """
 
@@ -58,6 +60,11 @@ class Average:
     step: Tensor
     half_life: float
     ramp: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("half_life", self.half_life), ("ramp", self.ramp)):
+            if not value >= 0:
+                raise ValueError(f"Average: {name} must be 0 or more, got {value}")
 
     @torch.no_grad()
     def move(self, params: Sequence[Tensor]) -> None:
@@ -97,8 +104,8 @@ def adam_ema_ref(
             v.copy_(beta2 * v + (1 - beta2) * g * g)
             step_size = (lr / (1 - beta1**t)).to(p.dtype)
             p -= step_size * m / (v.sqrt() / (1 - beta2**t).sqrt().to(p.dtype) + eps)
-        for copy, p in zip(low, params, strict=False):
-            copy.copy_(p)
+    for copy, p in zip(low, params, strict=False):
+        copy.copy_(p)
     if average is not None:
         average.step.add_(1)
         half_life = (average.step * average.ramp).clamp_max(average.half_life)
@@ -164,24 +171,21 @@ def _adam_ema_kernel(
     average_step_ptr,  # [] float64, or None
     grad_scale_ptr, found_inf_ptr,  # [] float32, or None
     counter_ptr,  # [1] int32
-    programs, eps,
+    programs, beta1, beta2, rest1, rest2, log2_beta1, log2_beta2, eps, half_life, ramp,
     NUMELS: tl.constexpr, STARTS: tl.constexpr,  # of tensor i: its elements, its first program
-    LAST: tl.constexpr,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr,
-    HALF_LIFE: tl.constexpr, RAMP: tl.constexpr, BLOCK: tl.constexpr,
+    LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     step = tl.load(step_ptr).to(tl.float64) + 1
     # 1 - beta^t in float64, where beta^t near 1 does not cancel
-    correction1 = (1 - tl.exp2(step * LOG2_BETA1)).to(tl.float32)
-    correction2 = (1 - tl.exp2(step * LOG2_BETA2)).to(tl.float32)
+    correction1 = (1 - tl.exp2(step * log2_beta1)).to(tl.float32)
+    correction2 = (1 - tl.exp2(step * log2_beta2)).to(tl.float32)
     step_size = tl.div_rn(tl.load(lr_ptr), correction1)
     root2 = tl.sqrt_rn(correction2)
-    if HALF_LIFE * RAMP == 0:
-        weight = 1.0
-    elif average_step_ptr is not None:
-        half_life = tl.minimum((tl.load(average_step_ptr) + 1) * RAMP, HALF_LIFE).to(tl.float32)
-        weight = (1 - tl.exp2((-1.0 / half_life).to(tl.float64))).to(tl.float32)
+    if average_step_ptr is not None:
+        ramped = ((tl.load(average_step_ptr) + 1) * ramp).to(tl.float32)
+        steps = tl.maximum(tl.minimum(ramped, half_life), 1e-30)  # 0: all of the way, at once
+        weight = (1 - tl.exp2((-1.0 / steps).to(tl.float64))).to(tl.float32)
     if grad_scale_ptr is not None:
         unscale = 1.0 / tl.load(grad_scale_ptr)  # exact: GradScaler's scales are powers of two
     skip = False
@@ -198,17 +202,15 @@ def _adam_ema_kernel(
                 v = tl.load(exp_avg_sq_ptrs[i] + at, mask=inside)
                 if grad_scale_ptr is not None:
                     g *= unscale
-                m = BETA1 * m + (1 - BETA1) * g
-                v = BETA2 * v + (1 - BETA2) * g * g
+                m = beta1 * m + rest1 * g
+                v = beta2 * v + rest2 * g * g
                 # two units in the last place are enough here, and cost no call of a subroutine
                 p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
                 tl.store(param_ptrs[i] + at, p, mask=inside)
                 tl.store(exp_avg_ptrs[i] + at, m, mask=inside)
                 tl.store(exp_avg_sq_ptrs[i] + at, v, mask=inside)
-                if low_ptrs is not None:
-                    tl.store(
-                        low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside
-                    )  # fmt: skip
+            if low_ptrs is not None:
+                tl.store(low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside)
             if average_step_ptr is not None:
                 average = tl.load(average_ptrs[i] + at, mask=inside)
                 tl.store(average_ptrs[i] + at, _moved(average, p, weight), mask=inside)
@@ -264,24 +266,29 @@ def _adam_ema_fused(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    counter = counters(1, step.device)
-    for first in range(0, max(len(params), len(buffers)), MOST):
-        here, last = slice(first, first + MOST), first + MOST >= max(len(params), len(buffers))
-        numels = tuple(t.numel() for t in (*params[here], *buffers[here]))
+    moved = [i for i, p in enumerate(params) if p.numel()]
+    kept = [i for i, t in enumerate(buffers) if t.numel()]
+    counter, launches = counters(1, step.device), range(0, max(len(moved), len(kept)), MOST)
+    for first in launches:
+        here, also = moved[first : first + MOST], kept[first : first + MOST]
+        numels = tuple(t.numel() for t in _picked(params, here) + _picked(buffers, also))
         starts = (0, *accumulate(-(-numel // BLOCK) for numel in numels))
         launch(
             _adam_ema_kernel,
             (starts[-1],),
-            tuple(params[here]), tuple(grads[here]),
-            tuple(exp_avgs[here]), tuple(exp_avg_sqs[here]),
-            tuple(low[here]) or None, tuple(averages[here]) or None,
-            tuple(buffers[here]), tuple(buffer_averages[here]),
-            step, lr, average_step, grad_scale, found_inf, counter, starts[-1], eps,
+            _picked(params, here), _picked(grads, here),
+            _picked(exp_avgs, here), _picked(exp_avg_sqs, here),
+            _picked(low, here) if low else None, _picked(averages, here) if averages else None,
+            _picked(buffers, also), _picked(buffer_averages, also),
+            step, lr, average_step, grad_scale, found_inf, counter, starts[-1],
+            beta1, beta2, 1 - beta1, 1 - beta2, _log2(beta1), _log2(beta2), eps, half_life, ramp,
             device=step.device, num_warps=WARPS, maxnreg=128,
-            NUMELS=numels, STARTS=starts, LAST=last,
-            BETA1=beta1, BETA2=beta2, LOG2_BETA1=_log2(beta1), LOG2_BETA2=_log2(beta2),
-            HALF_LIFE=half_life, RAMP=ramp, BLOCK=BLOCK,
+            NUMELS=numels, STARTS=starts, LAST=first == launches[-1], BLOCK=BLOCK,
         )  # fmt: skip
+
+
+def _picked(tensors: Sequence[Tensor], which: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(tensors[i] for i in which)
 
 
 def _log2(beta: float) -> float:
@@ -322,8 +329,8 @@ def adam_ema(
         grad_scale, found_inf: 0-d float32 (`torch.amp.GradScaler`); PyTorch's own implementation
             also divides the gradients by `grad_scale` in place.
         impl: "triton" in one launch (of up to 64 tensors), "torch" (`torch.optim.Adam(fused=True)`
-            and foreach copies), "ref" (the definition); "auto" is "triton" on an NVIDIA GPU for
-            float32 parameters, "torch" elsewhere.
+            and foreach copies), "ref" (the definition); "auto" is "triton" on an NVIDIA GPU where
+            all but gradients and copies is float32, and "torch" elsewhere.
 
     Raises:
         ValueError: lists of different lengths, or a tensor of another shape, type or layout.
@@ -331,11 +338,12 @@ def adam_ema(
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {"low": low} if low else {}
     lists |= {"average.params": average.params} if average is not None else {}
-    _check(params, lists)
-    kind = choose("adam_ema", impl, params[0], supported=params[0].dtype == torch.float32)
+    _check(params, lists, average, betas, eps, step, lr)
+    scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    largest = max(params, key=Tensor.numel)
+    kind = choose("adam_ema", impl, largest, _fault(params, lists, average, scalars))
     grads = [as_laid_out(p, g) for p, g in zip(params, grads, strict=True)]
     if kind == "triton":
-        _check_fused(params, lists, step, lr)
         pairs = average.buffers if average is not None else []
         _adam_ema_fused(
             list(params),
@@ -398,46 +406,76 @@ def as_laid_out(like: Tensor, t: Tensor) -> Tensor:
     return t if same_layout(like, t) else torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
-def _check(params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]]) -> None:
+def _check(
+    params: Sequence[Tensor],
+    lists: dict[str, Sequence[Tensor]],
+    average: Average | None,
+    betas: tuple[float, float],
+    eps: float,
+    step: Tensor,
+    lr: Tensor,
+) -> None:
     if not params:
         raise ValueError("adam_ema: params must hold at least one tensor, got none")
+    check_options("adam_ema", betas, eps)
+    for name, scalar in {"step": step, "lr": lr}.items():
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            raise ValueError(f"adam_ema: {name} must be a 0-d tensor on the device, got {scalar}")
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(
                 f"adam_ema: {name} must be as many as params, {len(params)}, got {len(tensors)}"
             )
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            if t.shape != p.shape:
-                raise ValueError(
-                    f"adam_ema: {name}[{i}] must have shape {tuple(p.shape)}, got {tuple(t.shape)}"
-                )
-            if name != "grads" and not same_layout(p, t):
-                raise ValueError(
-                    f"adam_ema: {name}[{i}] must have params[{i}]'s strides {p.stride()}, "
-                    f"got {t.stride()}"
-                )
+            _check_pair(f"{name}[{i}]", t, f"params[{i}]", p, layout=name != "grads")
+    for i, (source, mean) in enumerate(average.buffers if average is not None else ()):
+        _check_pair(f"average.buffers[{i}][1]", mean, f"average.buffers[{i}][0]", source)
 
 
-def _check_fused(
-    params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]], step: Tensor, lr: Tensor
-) -> None:
-    float32 = {"params": params, "step": [step], "lr": [lr]}
-    float32 |= {name: lists[name] for name in lists if name not in ("grads", "low")}
-    for name, tensors in float32.items():
+def check_options(what: str, betas: tuple[float, float], eps: float) -> None:
+    """Raise `ValueError` for an option that is out of range."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{what}: betas must be two numbers from 0 to below 1, got {betas}")
+    if not eps >= 0:
+        raise ValueError(f"{what}: eps must be 0 or more, got {eps}")
+
+
+def _check_pair(name: str, t: Tensor, of: str, like: Tensor, layout: bool = True) -> None:
+    if t.shape != like.shape or t.layout != torch.strided:
+        got = f"{tuple(t.shape)}" + ("" if t.layout == torch.strided else f", {t.layout}")
+        raise ValueError(f"adam_ema: {name} must have shape {tuple(like.shape)}, got {got}")
+    if layout and not same_layout(like, t):
+        raise ValueError(
+            f"adam_ema: {name} must have the strides of {of}, {like.stride()}, got {t.stride()}; "
+            "make an optimizer after its network has its memory format"
+        )
+
+
+def _fault(
+    params: Sequence[Tensor],
+    lists: dict[str, Sequence[Tensor]],
+    average: Average | None,
+    scalars: dict[str, Tensor | None],
+) -> str:
+    """What the kernel cannot take, or ""."""
+    device = params[0].device
+    everything = {"params": params, **lists}
+    everything |= {name: [t] for name, t in scalars.items() if t is not None}
+    pairs = average.buffers if average is not None else ()
+    everything |= {"average.buffers": [t for pair in pairs for t in pair]}
+    for name, tensors in everything.items():
+        takes = {"grads": DTYPES, "low": DTYPES}.get(name, (torch.float32,))
         for t in tensors:
-            if t.dtype != torch.float32:
-                raise ValueError(
-                    f'adam_ema: {name} must be float32 for impl="triton", got {t.dtype}'
-                )
-    for name, tensors in {"params": params, **lists, "step": [step], "lr": [lr]}.items():
-        for t in tensors:
-            if t.device != params[0].device:
-                raise ValueError(
-                    f"adam_ema: {name} must be on {params[0].device} as the first parameter is, "
-                    f"got {t.device}"
-                )
-    for i, p in enumerate(params):
-        if not _dense(p):
-            raise ValueError(
-                f"adam_ema: params[{i}] must fill its memory densely, got strides {p.stride()}"
-            )
+            if t.dtype not in takes or t.device != device:
+                types = " or ".join(str(dtype).removeprefix("torch.") for dtype in takes)
+                return f"{name} must be {types} on {device}, got {t.dtype} on {t.device}"
+    if average is not None:
+        count = average.step
+        if count.dtype != torch.float64 or count.device != device or count.numel() != 1:
+            got = f"{count.dtype} {tuple(count.shape)} on {count.device}"
+            return f"average.step must be one float64 on {device}, got {got}"
+    for i, t in enumerate([*params, *(source for source, _ in pairs)]):
+        if not _dense(t):
+            name = f"params[{i}]" if i < len(params) else f"average.buffers[{i - len(params)}]"
+            return f"{name} must fill its memory densely, got strides {t.stride()}"
+    return ""

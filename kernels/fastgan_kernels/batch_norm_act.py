@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .bn_act import bn_act
+from ._launch import IMPLS
+from .bn_act import bn_act, check_options
 from .bn_act_plain import Reduce
 
 
@@ -13,6 +14,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     `forward(x, groups)` counts each group as one tracked batch, as `groups` separate calls would.
     `reduce` may be set at any time, to normalise by the statistics of all processes (see `bn_act`).
+    What takes it for a plain `nn.BatchNorm2d` loses the activation:
+    `nn.SyncBatchNorm.convert_sync_batchnorm` (set `reduce`), `fuse_conv_bn_eval` (use `folded`).
 
     Args:
         num_features: channels, C.
@@ -20,7 +23,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         eps, momentum: `nn.BatchNorm2d`'s; a cumulative average (momentum None) is not there.
 
     Raises:
-        ValueError: momentum is None.
+        ValueError: an option out of range.
     """
 
     running_mean: Tensor
@@ -30,14 +33,18 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def __init__(
         self,
         num_features: int,
+        *,
         act: str = "relu",
         negative_slope: float = 0.2,
         eps: float = 1e-5,
         momentum: float = 0.1,
         impl: str = "auto",
     ) -> None:
-        if momentum is None:
-            raise ValueError("BatchNormAct2d: momentum must be a number from 0 to 1, got None")
+        check_options("BatchNormAct2d", momentum, eps, act, negative_slope)
+        if impl not in IMPLS:
+            raise ValueError(
+                f"BatchNormAct2d: impl must be one of {', '.join(IMPLS)}, got {impl!r}"
+            )
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.act, self.negative_slope, self.impl = act, negative_slope, impl
         self.reduce: Reduce | None = None
@@ -50,7 +57,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             self.running_mean,
             self.running_var,
             training=self.training,
-            momentum=self.momentum or 0.0,
+            momentum=self.momentum,  # type: ignore[arg-type]  # None is refused there
             eps=self.eps,
             act=self.act,
             negative_slope=self.negative_slope,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import bn_act_kernels as fused
 from . import bn_act_plain as plain
-from ._launch import choose
+from ._launch import DTYPES, choose
 from .bn_act_plain import Reduce
 
 ACTS = ("relu", "leaky_relu", "none")
@@ -87,7 +87,7 @@ def _bn_act_torch(
     y).
     """
     parts = []
-    for part in x.chunk(groups):
+    for part in x.chunk(groups) if groups > 1 else (x,):  # a chunk's backward copies
         z = F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
         if act == "relu":
             z = F.relu_(z)
@@ -146,13 +146,13 @@ class _BnAct(torch.autograd.Function):
         given = (x, dy, mean, var, weight, bias)
         ops: Any = fused if ctx.is_fused else plain
         sums, dweight, dbias = ops.bn_act_grad_sums(*given, *ctx.options)
-        per_value = 1.0 / fused.rows(x, ctx.groups) if ctx.training else 0.0
+        count = fused.rows(x, ctx.groups) if ctx.training else 0  # 0: they are constants
         if ctx.reduce is not None and ctx.training:
-            ctx.reduce(sums)
-            sums, per_value = sums / total[:, :, None], 1.0
+            sums = plain.reduced(sums, ctx.reduce)
+            sums, count = sums / total[:, :, None], 1
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ops.bn_act_grad_apply(*given, sums, per_value, *ctx.options)
+            dx = ops.bn_act_grad_apply(*given, sums, count, *ctx.options)
         return dx, dweight, dbias, *(None,) * 11
 
 
@@ -179,16 +179,19 @@ def bn_act(
         training: normalise by the batch and update the running statistics in place; else by the
             running statistics.
         momentum: the weight of the new statistics, 0 to 1.
+        eps: above 0.
         act: "relu", "leaky_relu" (with `negative_slope`, 0 or more) or "none".
         groups: how many equal parts of the batch have statistics of their own.
         num_batches_tracked: counted up by `groups` in training.
-        reduce: adds a tensor up over all processes, in place (`torch.distributed.all_reduce`):
-            each part's statistics are then those of all processes together, whose parts may differ
-            in size. Called once in forward (float64) and once in backward (float32), by training
-            alone. The gradients of weight and bias stay this process's own sums.
+        reduce: adds a tensor up over all processes, in place (`torch.distributed.all_reduce`) or
+            as its result: each part's statistics are then those of all processes together, whose
+            parts may differ in size. Called once in forward (float64) and once in backward
+            (float32), by training alone. The gradients of weight and bias stay this process's own
+            sums.
         impl: "triton", "torch" (`F.batch_norm`), "ref" (the definition); "auto" is "triton" on an
-            NVIDIA GPU for float32, bfloat16 and float16, "torch" elsewhere. Only "torch" and "ref",
-            without `reduce`, can be differentiated twice.
+            NVIDIA GPU where x is float32, bfloat16 or float16 and the vectors are float32, and
+            "torch" elsewhere. Only "torch" and "ref", without `reduce`, can be differentiated
+            twice.
 
     Raises:
         ValueError: a shape, option or group count that does not fit, or a part of a single value a
@@ -196,10 +199,9 @@ def bn_act(
     """
     named = {"weight": weight, "bias": bias}
     named |= {"running_mean": running_mean, "running_var": running_var}
-    kind = choose("bn_act", impl, x, supported=weight.dtype == torch.float32)
-    _check(x, named, training, act, negative_slope, groups)
-    if kind == "triton":
-        _check_fused(x, named)
+    _check(x, named, training, groups)
+    check_options("bn_act", momentum, eps, act, negative_slope)
+    kind = choose("bn_act", impl, x, _fault(x, named, num_batches_tracked))
     if kind == "triton" or (reduce is not None and training):
         if num_batches_tracked is None:
             num_batches_tracked = torch.empty((), dtype=torch.int64, device=x.device)
@@ -237,25 +239,32 @@ def bn_act(
     )
 
 
-def _check(
-    x: Tensor,
-    named: dict[str, Tensor],
-    training: bool,
-    act: str,
-    negative_slope: float,
-    groups: int,
+def check_options(
+    what: str, momentum: float | None, eps: float, act: str, negative_slope: float
 ) -> None:
+    """Raise `ValueError` for an option that is out of range."""
+    if act not in ACTS:
+        raise ValueError(f"{what}: act must be one of {', '.join(ACTS)}, got {act!r}")
+    if momentum is None or not 0 <= momentum <= 1:
+        raise ValueError(f"{what}: momentum must be a number from 0 to 1, got {momentum}")
+    if not eps > 0:
+        raise ValueError(f"{what}: eps must be above 0, got {eps}")
+    if not negative_slope >= 0:
+        raise ValueError(f"{what}: negative_slope must be 0 or more, got {negative_slope}")
+
+
+def _check(x: Tensor, named: dict[str, Tensor], training: bool, groups: int) -> None:
     if x.dim() != 4:
         raise ValueError(f"bn_act: x must have 4 dimensions [N, C, H, W], got {tuple(x.shape)}")
-    if act not in ACTS:
-        raise ValueError(f"bn_act: act must be one of {', '.join(ACTS)}, got {act!r}")
-    if negative_slope < 0:
-        raise ValueError(f"bn_act: negative_slope must be 0 or more, got {negative_slope}")
     count, channels = x.shape[0], x.shape[1]
+    if not channels:
+        raise ValueError(f"bn_act: x must have a channel at least, got {tuple(x.shape)}")
     for name, vector in named.items():
-        if tuple(vector.shape) != (channels,):
-            got = tuple(vector.shape)
+        got = None if vector is None else tuple(vector.shape)
+        if got != (channels,):
             raise ValueError(f"bn_act: {name} must have shape ({channels},), got {got}")
+    if groups > 65_535:  # an axis of a grid
+        raise ValueError(f"bn_act: groups must be at most 65,535, got {groups}")
     if groups < 1 or count % groups:
         raise ValueError(f"bn_act: groups must divide the batch of {count} evenly, got {groups}")
     if training and (count // groups) * x.shape[2] * x.shape[3] < 2:
@@ -265,12 +274,18 @@ def _check(
         )
 
 
-def _check_fused(x: Tensor, named: dict[str, Tensor]) -> None:
+def _fault(x: Tensor, named: dict[str, Tensor], num_batches_tracked: Tensor | None) -> str:
+    """What the kernels cannot take, or ""."""
+    if x.dtype not in DTYPES:
+        return f"x must be float32, bfloat16 or float16, got {x.dtype}"
     for name, vector in named.items():
         if vector.dtype != torch.float32 or vector.device != x.device:
-            raise ValueError(
-                f'bn_act: {name} must be float32 on {x.device} for impl="triton", '
-                f"got {vector.dtype} on {vector.device}"
-            )
+            got = f"{vector.dtype} on {vector.device}"
+            return f"{name} must be float32 on {x.device}, got {got}"
         if not vector.is_contiguous():
-            raise ValueError(f'bn_act: {name} must be contiguous for impl="triton"')
+            return f"{name} must be contiguous, got strides {vector.stride()}"
+    count = num_batches_tracked
+    if count is not None and (count.dtype != torch.int64 or count.device != x.device):
+        got = f"{count.dtype} on {count.device}"
+        return f"num_batches_tracked must be int64 on {x.device}, got {got}"
+    return ""

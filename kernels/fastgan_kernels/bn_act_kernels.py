@@ -16,10 +16,11 @@ Bytes a launch, with n = N*C*H*W elements of s bytes: stats n*s, apply 2*n*s, gr
 grad_apply 3*n*s. What decides the time: at small batches the launch itself (the tensor lies in L2),
 at large ones these bytes.
 
-Sums. A program adds up x - pivot and its square in float32 lanes, where the pivot is the channel's
-value in the group's first row: the same for every program, so that partial sums just add up, and
-near enough to the mean that the variance does not cancel. The last program of a channel block to
-finish adds the partial sums in a fixed order: no float atomics, so the same bits every time.
+Sums. A program adds up x - pivot and its square in float32 lanes, where the pivot is the mean of
+eight of the channel's values, from rows all over the group: the same for every program, so that
+partial sums just add up, and near enough to the mean that the variance does not cancel. The last
+program of a channel block to finish adds the partial sums in a fixed order: no float atomics, so
+the same bits every time.
 """
 
 from dataclasses import dataclass
@@ -97,7 +98,13 @@ def _bn_act_stats_kernel(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     group_ptr = x_ptr + group.to(tl.int64) * M * C
-    pivot = tl.load(group_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    # Eight rows an eighth apart, each a little further into its own: not all of them corners of
+    # images, which padding makes unlike the rest.
+    i = tl.arange(0, 8)
+    sampled = i * (M // 8) + (i * 37 + 11) % tl.maximum(M // 8, 1)
+    at = sampled.to(tl.int64)[:, None] * C + c[None, :]
+    pivot = tl.load(group_ptr + at, mask=in_c[None, :], other=0.0).to(tl.float32)
+    pivot = tl.sum(pivot, axis=0) / 8
     one = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     two = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     stop = tl.minimum((split + 1) * chunk, M)
@@ -448,24 +455,24 @@ def bn_act_grad_apply(
     weight: Tensor,
     bias: Tensor,
     sums: Tensor,
-    per_value: float,
+    count: int,
     eps: float,
     act: str,
     negative_slope: float,
 ) -> Tensor:
-    """dx, like x; `per_value` makes means of `sums`, or is 0: statistics that are constants."""
+    """dx, like x; `sums` are of `count` values each, of none where the statistics are constants."""
     tiling = _Tiling(x, mean.shape[0], OF_X_AND_DY)
     dx = empty_like(x)
     launch(
         _bn_act_grad_apply_kernel,
         tiling.each(),
         x, dy, dx, mean, var, weight, bias, sums,
-        tiling.m, tiling.units, eps, negative_slope, per_value,
+        tiling.m, tiling.units, eps, negative_slope, 1.0 / count if count else 0.0,
         ACT=act, **tiling.options,
     )  # fmt: skip
     return dx
 
 
 @bn_act_grad_apply.register_fake
-def _(x, dy, mean, var, weight, bias, sums, per_value, eps, act, negative_slope):
+def _(x, dy, mean, var, weight, bias, sums, count, eps, act, negative_slope):
     return torch.empty_like(x)

@@ -77,14 +77,20 @@ def bn_act_grad_apply(
     weight: Tensor,
     bias: Tensor,
     sums: Tensor,
-    per_value: float,
+    count: int,
     *options: Any,
 ) -> Tensor:
     x_hat = _normalise(x, mean, var, options[0])
     dz = _dz(x_hat, dy, weight, bias, options)
-    centred = dz - per_value * (_beside(sums[:, 0]) + x_hat * _beside(sums[:, 1]))
+    centred = dz - (_beside(sums[:, 0]) + x_hat * _beside(sums[:, 1])) / count
     dx = _beside(weight * torch.rsqrt(var + options[0])) * centred
     return dx.flatten(0, 1).to(x.dtype)
+
+
+def reduced(sums: Tensor, reduce: Reduce) -> Tensor:
+    """`sums` of all processes; a reduction works in place, or returns them."""
+    result = reduce(sums)
+    return result if isinstance(result, Tensor) else sums
 
 
 def merge(mean: Tensor, var: Tensor, count: int, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +101,7 @@ def merge(mean: Tensor, var: Tensor, count: int, reduce: Reduce) -> tuple[Tensor
     """
     m, v = mean.double(), var.double()
     sums = torch.cat([m, v + m * m, torch.ones_like(m[:, :1])], 1) * count
-    reduce(sums)
+    sums = reduced(sums, reduce)
     channels = mean.shape[1]
     total = sums[:, -1:]
     m, square = (sums[:, :-1] / total).split(channels, 1)

@@ -15,7 +15,7 @@ a float64 result), rounded once to `dtype`.
 import torch
 from torch import Tensor
 
-from ._launch import choose, empty, jit, launch, tl
+from ._launch import DTYPES, choose, empty, jit, launch, tl
 
 BLOCK = 2048  # bytes a program: one 16-byte load by each of 128 threads
 WARPS = 4
@@ -134,15 +134,21 @@ def gather_u8(
         raise ValueError(
             f"gather_u8: flip must be bool [{index.shape[0]}], got {flip.dtype} {tuple(flip.shape)}"
         )
-    if not len(index) or choose("gather_u8", impl, images, dtype) != "triton":
+    if len(value_range) != 2:
+        raise ValueError(f"gather_u8: value_range must be two numbers, got {value_range}")
+    kind = choose("gather_u8", impl, images, _fault(images, index, flip, dtype))
+    if kind != "triton" or index.numel() == 0:
         return gather_u8_ref(images, index, flip, dtype=dtype, value_range=value_range)
-    _check_fused(images, index, flip)
     return _gather_u8_fused(images, index, flip, dtype, *value_range)
 
 
-def _check_fused(images: Tensor, index: Tensor, flip: Tensor | None) -> None:
+def _fault(images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype) -> str:
+    """What the kernel cannot take, or ""."""
+    if dtype not in DTYPES:
+        return f"dtype must be float32, bfloat16 or float16, got {dtype}"
     for name, t in {"images": images, "index": index, "flip": flip}.items():
         if t is not None and not t.is_contiguous():
-            raise ValueError(f'gather_u8: {name} must be contiguous for impl="triton"')
+            return f"{name} must be contiguous, got strides {t.stride()}"
         if t is not None and t.device != images.device:
-            raise ValueError(f"gather_u8: {name} must be on {images.device}, got {t.device}")
+            return f"{name} must be on {images.device}, got {t.device}"
+    return ""

@@ -18,6 +18,14 @@ def device():
 
 
 @pytest.fixture(autouse=True)
+def pinned_algorithms(monkeypatch):
+    """cuDNN's choices the same every time, and in float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """A kernel that leaves one element of its output unwritten yields NaN, not luck."""
 
