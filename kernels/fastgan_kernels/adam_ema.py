@@ -340,8 +340,8 @@ def adam_ema(
     lists |= {"average.params": average.params} if average is not None else {}
     _check(params, lists, average, betas, eps, step, lr)
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    largest = max(params, key=Tensor.numel)
-    kind = choose("adam_ema", impl, largest, _fault(params, lists, average, scalars))
+    filled = [p for p in params if p.numel()] or params
+    kind = choose("adam_ema", impl, filled[0], _fault(params, lists, average, scalars))
     grads = [as_laid_out(p, g) for p, g in zip(params, grads, strict=True)]
     if kind == "triton":
         pairs = average.buffers if average is not None else []

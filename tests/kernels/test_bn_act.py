@@ -493,6 +493,23 @@ def test_no_graph_break_and_the_same_numbers_under_compile(backend, device):
         torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_one_compilation_for_all_batch_sizes(device):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    norm = BatchNormAct2d(6, impl="triton").to(device)
+    call = torch.compile(norm, fullgraph=True, dynamic=True, backend=count)
+    for batch in range(2, 14):
+        x = torch.randn(batch, 6, 3, 3, device=device, requires_grad=True)
+        call(x).square().sum().backward()
+        assert x.grad.abs().sum() > 0
+    assert len(graphs) <= 2
+
+
 BAD = [
     ({"groups": 3}, "groups must divide the batch of 8 evenly, got 3"),
     ({"groups": 0}, "groups must divide"),
