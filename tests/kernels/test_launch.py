@@ -42,6 +42,28 @@ def test_more_counters_than_there_are_is_memory_of_its_own():
     assert len(many) == _launch.COUNTERS + 1 and not many.any()
 
 
+def test_without_triton_pytorchs_own_operators_serve():
+    code = """
+import sys
+sys.modules["triton"] = None  # as on a platform that has no wheel of it
+import torch
+from fastgan_kernels import Adam, BatchNormAct2d, gather_u8
+net = BatchNormAct2d(3)
+adam = Adam(net.parameters(), lr=0.5)
+images = torch.arange(96, dtype=torch.uint8).view(2, 4, 4, 3)
+net(gather_u8(images, torch.tensor([1, 0]))).square().sum().backward()
+adam.step()
+assert (net.weight.abs() - 1).abs().max() > 0.4, net.weight
+try:
+    BatchNormAct2d(3, impl="triton")(torch.randn(2, 3, 4, 4))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'bn_act: impl="triton" needs the package triton, which is not here' in done.stdout
+
+
 def compile_kernels(*arguments):
     return subprocess.run(
         [sys.executable, TOOL, *arguments],
