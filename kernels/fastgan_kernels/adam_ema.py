@@ -164,16 +164,16 @@ def _moved(average, value, weight):
 
 @jit
 def _adam_ema_kernel(
-    param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs,  # tuples of [NUMELS[i]]
-    low_ptrs, average_ptrs,  # the same, or None
-    buffer_ptrs, buffer_average_ptrs,  # tuples of the tensors after the parameters
+    param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs,  # tuples of [NUMELS[i]], or None
+    low_ptrs, average_ptrs,  # the same
+    buffer_ptrs, buffer_average_ptrs,  # the same, of the tensors after the parameters
     step_ptr, lr_ptr,  # [] float32
     average_step_ptr,  # [] float64, or None
     grad_scale_ptr, found_inf_ptr,  # [] float32, or None
     counter_ptr,  # [1] int32
     programs, beta1, beta2, rest1, rest2, log2_beta1, log2_beta2, eps, half_life, ramp,
     NUMELS: tl.constexpr, STARTS: tl.constexpr,  # of tensor i: its elements, its first program
-    LAST: tl.constexpr, BLOCK: tl.constexpr,
+    PARAMS: tl.constexpr, BUFFERS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     step = tl.load(step_ptr).to(tl.float64) + 1
@@ -191,7 +191,7 @@ def _adam_ema_kernel(
     skip = False
     if found_inf_ptr is not None:
         skip = tl.load(found_inf_ptr) != 0
-    for i in tl.static_range(len(param_ptrs)):
+    for i in tl.static_range(PARAMS):
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):
             at = (program - STARTS[i]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             inside = at < NUMELS[i]
@@ -214,15 +214,13 @@ def _adam_ema_kernel(
             if average_step_ptr is not None:
                 average = tl.load(average_ptrs[i] + at, mask=inside)
                 tl.store(average_ptrs[i] + at, _moved(average, p, weight), mask=inside)
-    if average_step_ptr is not None:
-        for i in tl.static_range(len(buffer_ptrs)):
-            start, numel = STARTS[len(param_ptrs) + i], NUMELS[len(param_ptrs) + i]
-            if (program >= start) & (program < STARTS[len(param_ptrs) + i + 1]):
-                at = (program - start).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-                inside = at < numel
-                value = tl.load(buffer_ptrs[i] + at, mask=inside)
-                average = tl.load(buffer_average_ptrs[i] + at, mask=inside)
-                tl.store(buffer_average_ptrs[i] + at, _moved(average, value, weight), mask=inside)
+    for i in tl.static_range(BUFFERS):
+        if (program >= STARTS[PARAMS + i]) & (program < STARTS[PARAMS + i + 1]):
+            at = (program - STARTS[PARAMS + i]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = at < NUMELS[PARAMS + i]
+            value = tl.load(buffer_ptrs[i] + at, mask=inside)
+            average = tl.load(buffer_average_ptrs[i] + at, mask=inside)
+            tl.store(buffer_average_ptrs[i] + at, _moved(average, value, weight), mask=inside)
     if LAST:  # of several launches, which all read the counts as they were
         tl.debug_barrier()  # this program has read them before it is counted itself
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -271,24 +269,26 @@ def _adam_ema_fused(
     counter, launches = counters(1, step.device), range(0, max(len(moved), len(kept)), MOST)
     for first in launches:
         here, also = moved[first : first + MOST], kept[first : first + MOST]
-        numels = tuple(t.numel() for t in _picked(params, here) + _picked(buffers, also))
+        numels = (*(params[i].numel() for i in here), *(buffers[i].numel() for i in also))
         starts = (0, *accumulate(-(-numel // BLOCK) for numel in numels))
         launch(
             _adam_ema_kernel,
             (starts[-1],),
             _picked(params, here), _picked(grads, here),
             _picked(exp_avgs, here), _picked(exp_avg_sqs, here),
-            _picked(low, here) if low else None, _picked(averages, here) if averages else None,
+            _picked(low, here), _picked(averages, here),
             _picked(buffers, also), _picked(buffer_averages, also),
             step, lr, average_step, grad_scale, found_inf, counter, starts[-1],
             beta1, beta2, 1 - beta1, 1 - beta2, _log2(beta1), _log2(beta2), eps, half_life, ramp,
             device=step.device, num_warps=WARPS, maxnreg=128,
-            NUMELS=numels, STARTS=starts, LAST=first == launches[-1], BLOCK=BLOCK,
+            NUMELS=numels, STARTS=starts, PARAMS=len(here), BUFFERS=len(also),
+            LAST=first == launches[-1], BLOCK=BLOCK,
         )  # fmt: skip
 
 
-def _picked(tensors: Sequence[Tensor], which: Sequence[int]) -> tuple[Tensor, ...]:
-    return tuple(tensors[i] for i in which)
+def _picked(tensors: Sequence[Tensor], which: Sequence[int]) -> tuple[Tensor, ...] | None:
+    """Those of `tensors`; None where there are none, which a kernel knows as it compiles."""
+    return tuple(tensors[i] for i in which) if tensors and which else None
 
 
 def _log2(beta: float) -> float:
