@@ -59,6 +59,16 @@ TILES_A_PROGRAM = 2
 
 
 @jit
+def _tile(first, stop, c, C, EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the rows from `first` and channels `c`: which are there, and offsets from row `first`."""
+    row = tl.arange(0, BLOCK_M)
+    inside = (first + row < stop)[:, None]
+    if not EVEN_C:
+        inside = inside & (c < C)[None, :]
+    return inside, row[:, None] * C + c[None, :]
+
+
+@jit
 def _moments(
     partial_ptr,  # [splits, 2, C] float32
     first_channel, C, splits,
@@ -102,25 +112,22 @@ def _bn_act_stats_kernel(
     # images, which padding makes unlike the rest.
     i = tl.arange(0, 8)
     sampled = i * (M // 8) + (i * 37 + 11) % tl.maximum(M // 8, 1)
-    at = sampled.to(tl.int64)[:, None] * C + c[None, :]
-    pivot = tl.load(group_ptr + at, mask=in_c[None, :], other=0.0).to(tl.float32)
-    pivot = tl.sum(pivot, axis=0) / 8
+    sample_ptr = group_ptr + sampled.to(tl.int64)[:, None] * C + c[None, :]
+    sample = tl.load(sample_ptr, mask=in_c[None, :], other=0.0)
+    pivot = tl.sum(sample.to(tl.float32), axis=0) / 8
     one = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     two = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     stop = tl.minimum((split + 1) * chunk, M)
     for first in range(split * chunk, stop, BLOCK_M):
-        row = tl.arange(0, BLOCK_M)
-        inside = (first + row < stop)[:, None]
-        if not EVEN_C:
-            inside = inside & in_c[None, :]
+        inside, at = _tile(first, stop, c, C, EVEN_C, BLOCK_M)
         tile_ptr = group_ptr + tl.cast(first, tl.int64) * C
-        x = tl.load(tile_ptr + row[:, None] * C + c[None, :], mask=inside, other=0.0)
+        x = tl.load(tile_ptr + at, mask=inside, other=0.0)
         shifted = tl.where(inside, x.to(tl.float32) - pivot[None, :], 0.0)
         one += shifted
         two += shifted * shifted
-    at = partial_ptr + (group * splits + split) * 2 * C + c
-    tl.store(at, tl.sum(one, axis=0), mask=in_c)
-    tl.store(at + C, tl.sum(two, axis=0), mask=in_c)
+    sums_of_split_ptr = partial_ptr + (group * splits + split) * 2 * C + c
+    tl.store(sums_of_split_ptr, tl.sum(one, axis=0), mask=in_c)
+    tl.store(sums_of_split_ptr + C, tl.sum(two, axis=0), mask=in_c)
     if split == 0:
         tl.store(pivot_ptr + group * C + c, pivot, mask=in_c)  # for the last program
     tl.debug_barrier()  # all threads' sums are written before one of them counts this program
@@ -180,16 +187,13 @@ def _bn_act_apply_kernel(
 ):  # fmt: skip
     first, block, group = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     C = units * UNIT
-    row, c = tl.arange(0, BLOCK_M), block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     mean, var, weight, bias = _channel(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, group, c, in_c, C
     )  # fmt: skip
-    inside = (first + row < M)[:, None]
-    if not EVEN_C:
-        inside = inside & in_c[None, :]
+    inside, at = _tile(first, M, c, C, EVEN_C, BLOCK_M)
     start = (group.to(tl.int64) * M + first) * C
-    at = row[:, None] * C + c[None, :]
     x = tl.load(x_ptr + start + at, mask=inside, other=0.0)
     _, z, _ = _normalise(x, mean, var, weight, bias, eps)
     if ACT == "relu":
@@ -225,7 +229,7 @@ def _bn_act_grad_sums_kernel(
 ):  # fmt: skip
     split, block, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     C = units * UNIT
-    row, c = tl.arange(0, BLOCK_M), block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     mean, var, weight, bias = _channel(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, group, c, in_c, C
@@ -234,20 +238,17 @@ def _bn_act_grad_sums_kernel(
     two = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     stop = tl.minimum((split + 1) * chunk, M)
     for first in range(split * chunk, stop, BLOCK_M):
-        inside = (first + row < stop)[:, None]
-        if not EVEN_C:
-            inside = inside & in_c[None, :]
+        inside, at = _tile(first, stop, c, C, EVEN_C, BLOCK_M)
         start = (group.to(tl.int64) * M + first) * C
-        at = row[:, None] * C + c[None, :]
         x = tl.load(x_ptr + start + at, mask=inside, other=0.0)
         dy = tl.load(dy_ptr + start + at, mask=inside, other=0.0)
         x_hat, z, _ = _normalise(x, mean, var, weight, bias, eps)
         dz = _through_act(dy, z, negative_slope, ACT)
         one += dz
         two += dz * x_hat
-    at = partial_ptr + (group * splits + split) * 2 * C + c
-    tl.store(at, tl.sum(one, axis=0), mask=in_c)
-    tl.store(at + C, tl.sum(two, axis=0), mask=in_c)
+    sums_of_split_ptr = partial_ptr + (group * splits + split) * 2 * C + c
+    tl.store(sums_of_split_ptr, tl.sum(one, axis=0), mask=in_c)
+    tl.store(sums_of_split_ptr + C, tl.sum(two, axis=0), mask=in_c)
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr + block, 1, sem="acq_rel", scope="gpu") == splits * groups - 1:
         dbias = tl.zeros([BLOCK_C], tl.float32)
@@ -278,18 +279,15 @@ def _bn_act_grad_apply_kernel(
 ):  # fmt: skip
     first, block, group = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     C = units * UNIT
-    row, c = tl.arange(0, BLOCK_M), block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     mean, var, weight, bias = _channel(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, group, c, in_c, C
     )  # fmt: skip
     mean_dz = tl.load(sums_ptr + group * 2 * C + c, mask=in_c, other=0.0) * per_value
     mean_dz_x_hat = tl.load(sums_ptr + group * 2 * C + C + c, mask=in_c, other=0.0) * per_value
-    inside = (first + row < M)[:, None]
-    if not EVEN_C:
-        inside = inside & in_c[None, :]
+    inside, at = _tile(first, M, c, C, EVEN_C, BLOCK_M)
     start = (group.to(tl.int64) * M + first) * C
-    at = row[:, None] * C + c[None, :]
     x = tl.load(x_ptr + start + at, mask=inside, other=0.0)
     dy = tl.load(dy_ptr + start + at, mask=inside, other=0.0)
     x_hat, z, rstd = _normalise(x, mean, var, weight, bias, eps)
