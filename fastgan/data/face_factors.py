@@ -6,6 +6,9 @@ and colours that the painter needs.
 
 import numpy as np
 
+# NumPy imports it at its first use, and a signal that comes then is lost in its extension modules.
+from numpy.random import PCG64, Generator
+
 # Lengths are in units of which the picture is 2 * face_paint.VIEW wide, y runs down; angles are in
 # radians. name: (lowest, highest, meaning)
 FACTORS: dict[str, tuple[float, float, str]] = {
@@ -100,9 +103,9 @@ def factors(count: int, seed: int = 0) -> np.ndarray:
 
 def factor_rows(start: int, count: int, seed: int) -> np.ndarray:
     """Rows start .. start+count of `factors`, without drawing those before."""
-    source = np.random.PCG64(seed)
+    source = PCG64(seed)
     source.advance(start * len(FACTORS))  # one 64-bit draw is one number
-    unit = np.random.Generator(source).random((count, len(FACTORS)))
+    unit = Generator(source).random((count, len(FACTORS)))
     col = {name: unit[:, i] for i, name in enumerate(FACTORS)}
     col["hair_tone"] *= 0.25 + 0.75 * col["skin_tone"]
     col["beard"] *= 1 - 0.35 * col["hair_length"]
