@@ -80,9 +80,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Of x's shape and strides."""
-    return torch.empty_like(x, dtype=dtype)
+def empty_like(x: Tensor) -> Tensor:
+    """Of x's shape, type and strides."""
+    return torch.empty_like(x)
 
 
 class _Counters:
