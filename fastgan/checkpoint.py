@@ -4,8 +4,9 @@ it is used.
     checkpoints/000120.064kimg/
       model.safetensors   g.NAME, d.NAME, ema.NAME: parameters and buffers of the three networks
       optim.safetensors   g.NAME.exp_avg, ...: both optimizers
-      state.safetensors   random.latents, ema.steps, stats.*: what else changes step by step
-      meta.json           format version, counters, feed position, scaler, configuration;
+      state.safetensors   random.latents, ema.steps, stats.sums, loss_scale.* (fp16): what else
+                          changes step by step
+      meta.json           format version, counters, feed position, configuration;
                           bytes and SHA-256 of each file
 
 The folder is written beside under another name, flushed to disk, meta.json last, then renamed; so
@@ -42,7 +43,6 @@ RECORD = {
     "images": int,
     "device": str,
     "feed": dict,
-    "scaler": dict,
     "data": dict,
     "config": dict,
 }

@@ -179,7 +179,8 @@ def run(command: Any) -> int:
         say(f"{command.count:,} faces of {command.size} px and factors.csv in {folder}")
         return 0
     from .data.decode import open_decoder
-    from .env import info, version_of
+    from .env import version_of
+    from .modes import info
 
     decoder = open_decoder(64)
     dali = version_of("nvidia-dali-cuda120")

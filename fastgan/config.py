@@ -68,6 +68,7 @@ def _pixel_range(value: PixelRange) -> PixelRange:
 Size = Annotated[int, AfterValidator(_size)]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "triton", "torch"]
+AmpDtype = Literal["auto", "bf16", "fp16"]
 # Options that may be unset: the help text says what happens then, so tyro's "(default: None)" is
 # left away.
 Kimg = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -117,11 +118,16 @@ class TrainConfig(Options):
     epochs: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Length of the run in passes over the set, instead of --kimg."""
     amp: bool = False
-    """Mixed precision: bf16 (fp16 on cards before sm_80); weights, statistics and Adam stay
-    float32.
+    """Mixed precision: the networks compute in 16 bits; weights, statistics and Adam stay float32.
+    """
+    amp_dtype: AmpDtype = "auto"
+    """With --amp, the 16-bit type: bf16, fp16 (with a scaled loss), or auto: bf16, and fp16 on
+    cards before sm_80.
     """
     compile: bool = False
-    """Compile both networks with torch.compile."""
+    """Compile the networks with their losses by torch.compile."""
+    graph: bool = True
+    """On an NVIDIA GPU, run each step as one CUDA graph."""
     kernels: Kernels = "auto"
     """Operators for batch norm + activation, image gather and Adam: fastgan's own (triton) or
     PyTorch's (torch); auto takes fastgan's on an NVIDIA GPU.
@@ -162,6 +168,12 @@ class TrainConfig(Options):
     """How many checkpoints stay; older ones are deleted."""
     grid: int = Field(64, ge=1, le=4096)
     """Images in a sample grid."""
+
+    @model_validator(mode="after")
+    def _amp(self) -> Self:
+        if self.amp_dtype != "auto" and not self.amp:
+            raise ValueError(f"amp_dtype is for mixed precision: got {self.amp_dtype} without amp")
+        return self
 
     @model_validator(mode="after")
     def _length(self) -> Self:

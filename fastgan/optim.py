@@ -1,65 +1,85 @@
-"""Adam with everything on the device, and the averaged generator."""
+"""What trains a network: Adam with everything on the device, the copy that computes in 16 bits, the
+averaged generator.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Generic
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fastgan_kernels as kernels
+from fastgan_kernels import Adam, Average
 from fastgan_kernels.adam import MOMENTS
 
 from .models import Generator
+from .precision import Network, low_copy
 
 # The average's half-life is at most this share of the images seen (StyleGAN2-ADA's ema_rampup).
 RAMP = 0.05
 
 
-Adam = torch.optim.Adam | kernels.Adam
+class Trained(Generic[Network]):
+    """A network with what trains it.
 
-
-def make_adam(
-    network: nn.Module,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float = 1e-8,
-    impl: str = "torch",
-    ema: Ema | None = None,
-) -> Adam:
-    """Adam over a network, its state made at once and its learning rate a tensor on the device:
-    torch's fused one ("torch"), or fastgan's ("triton"), which then moves `ema` in the same launch.
-
-    Nothing is then left to be allocated or branched on in the first step, and a schedule can write
-    a new learning rate into `param_groups[0]["lr"]` without touching a captured graph.
+    Attributes:
+        network: its weights as they are kept and averaged, float32 (or float64).
+        working: what computes: the network itself, or a copy with weights of 16 bits, which Adam
+            writes after each step. Its gradients are what Adam takes.
+        adam: over the network's parameters, its state made at once and its learning rate a tensor
+            on the device: nothing is left to be allocated or branched on in the first step, and a
+            schedule writes into `adam.param_groups[0]["lr"]` without touching a captured graph.
     """
-    params = list(network.parameters())
-    if impl == "triton":
-        if ema is not None:
-            ema.moved_by_adam = True
-        average = ema.average if ema is not None else None
-        return kernels.Adam(params, lr, betas, eps, average=average, impl=impl)
-    lr_tensor = torch.tensor(lr, dtype=torch.float64, device="cpu").to(
-        params[0].device, torch.promote_types(params[0].dtype, torch.float32)
-    )
-    adam = torch.optim.Adam(
-        params, lr=lr_tensor, betas=betas, eps=eps, fused=True, capturable=params[0].is_cuda
-    )
-    for p in params:
-        adam.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            **{name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in MOMENTS},
+
+    def __init__(
+        self,
+        network: Network,
+        lr: float,
+        betas: tuple[float, float],
+        *,
+        low: torch.dtype | None = None,
+        ema: Ema | None = None,
+        impl: str = "torch",
+    ) -> None:
+        """`low` is the 16-bit type to compute in; `ema` is moved by Adam, which is fastgan's kernel
+        with impl "triton" and PyTorch's fused one with "torch".
+        """
+        self.network = network
+        self.working = network if low is None else low_copy(network, low)
+        params, used = list(network.parameters()), self.working.parameters()
+        copies = [w if w is not p else None for p, w in zip(params, used, strict=True)]
+        self.adam = Adam(
+            params,
+            lr,
+            betas,
+            low=copies if low is not None else (),
+            average=ema.average if ema is not None else None,
+            impl=impl,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's state by parameter name: `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq`."""
+        return {
+            f"{name}.{key}": self.adam.state[p][key]
+            for name, p in self.network.named_parameters()
+            for key in ("step", *MOMENTS)
         }
-    return adam
 
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+        """Copy a network's state_dict and Adam's `state()` in, and into the working copy.
 
-def adam_tensors(adam: Adam, network: nn.Module) -> dict[str, Tensor]:
-    """Adam's state by parameter name: `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq`."""
-    return {
-        f"{name}.{key}": adam.state[p][key]
-        for name, p in network.named_parameters()
-        for key in ("step", *MOMENTS)
-    }
+        Raises:
+            ValueError: a tensor is missing, left over or of another shape.
+        """
+        copy_into(self.network.state_dict(), weights, what)
+        copy_into(self.state(), state, f"Adam of {what}")
+        self.adam.write_low()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step changes."""
+        copies = [copy.detach() for copy in self.adam.low if copy is not None]
+        return [*self.network.state_dict().values(), *self.state().values(), *copies]
 
 
 @torch.no_grad()
@@ -93,24 +113,27 @@ class Ema:
         """`average` is a second generator like `source`, of which it becomes a copy."""
         self.network = average.requires_grad_(False)
         copy_into(average.state_dict(), source.state_dict(), "Ema")
-        self._params = list(source.parameters())
-        buffers = list(zip(source.buffers(), average.buffers(), strict=True))
+        params, buffers = (
+            list(average.parameters()),
+            list(zip(source.buffers(), average.buffers(), strict=True)),
+        )
         self._counts = [pair for pair in buffers if not pair[0].is_floating_point()]
         # On the device and advanced there, so that a captured step averages as a plain one does.
-        self.steps = torch.zeros((), dtype=torch.float64, device=self._params[0].device)
-        self.average = kernels.Average(
-            params=list(average.parameters()),
+        self.steps = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        self.average = Average(
+            params=params,
             buffers=[pair for pair in buffers if pair[0].is_floating_point()],
             step=self.steps,
             half_life=half_life_img / batch,
             ramp=RAMP,
         )
-        self.moved_by_adam = False  # whether the generator's Adam moves the average in its launch
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average after a step of the generator."""
-        if not self.moved_by_adam:
-            self.average.move(self._params)
-        for theirs, ours in self._counts:
-            ours.copy_(theirs)
+    def copy_counts(self) -> None:
+        """The integer buffers, after a step of the generator; Adam has moved all else."""
+        theirs, ours = zip(*self._counts, strict=True)
+        torch._foreach_copy_(ours, theirs)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step changes."""
+        return [*self.network.state_dict().values(), self.steps]

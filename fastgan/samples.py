@@ -16,9 +16,9 @@ from . import console
 from .checkpoint import Checkpoint, find, under
 from .config import PixelRange, SampleCommand, config_from
 from .durable import beside
-from .env import pick_device, pick_kernels
 from .errors import RunError, UsageError
 from .models import Generator
+from .modes import pick_device, pick_kernels
 from .optim import copy_into
 from .paths import empty_folder, picture_file
 from .png_files import write_pngs

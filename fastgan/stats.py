@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .durable import replace_file
 from .step import StepStats
@@ -20,30 +19,22 @@ COLUMNS = ("step", "kimg", *StepStats._fields)  # of losses.npy
 
 
 class Accumulator:
-    """Sums of the step's statistics since the last tick, on the device."""
+    """Sums of the step's statistics since the last tick and the count of steps, on the device:
+    adding to them can be part of a captured step.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(StepStats._fields), dtype=torch.float64, device=device)
-        self.count = 0
+        self.sums = torch.zeros(len(StepStats._fields) + 1, dtype=torch.float64, device=device)
+        self._one = torch.ones((), device=device)
 
     def add(self, stats: StepStats) -> None:
-        self.sums += torch.stack(list(stats))
-        self.count += 1
+        self.sums += torch.stack([*stats, self._one])
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and start anew. This is the one host sync of a tick."""
-        means = (self.sums / max(self.count, 1)).tolist()
+        *sums, count = self.sums.tolist()
         self.sums.zero_()
-        self.count = 0
-        return dict(zip(StepStats._fields, means, strict=True))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, so that a tick cut in two reads the same."""
-        return {"sums": self.sums, "count": torch.tensor(self.count)}
-
-    def load(self, saved: dict[str, Tensor]) -> None:
-        self.sums.copy_(saved["sums"])
-        self.count = int(saved["count"])
+        return dict(zip(StepStats._fields, (s / max(count, 1) for s in sums), strict=True))
 
 
 class StatsLog:

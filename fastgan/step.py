@@ -6,24 +6,33 @@ on the same fake with its new weights, Adam on G. Real and fake go through D in 
 images with statistics of their own (`groups=2`), running statistics real first: the same function
 as two passes. In the G step D is frozen in that it gets no weight gradients; it stays in training
 mode, and its running statistics move a third time.
+
+In mixed precision the networks' working copies compute (`optim.Trained`): weights are cast once a
+step, by Adam, and not in every pass. Every operation is on the device and of a fixed shape, and
+whatever changes from step to step is a tensor: the whole of it can be captured as a CUDA graph
+(`graph.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastgan_kernels import gather_u8
 
+from .compiling import compiled
 from .config import PixelRange
 from .data.feed import Batch
 from .losses import d_non_saturating, g_non_saturating, widen
 from .models import Discriminator, Generator
-from .optim import Adam, Ema
+from .optim import Ema, Trained
+from .precision import LossScale
+
+ALIGNED_BYTES = 16  # of a row that tensor cores load whole
 
 
 class StepStats(NamedTuple):
@@ -41,53 +50,42 @@ class Step:
     """One update of both networks, in place.
 
     Args:
-        generator, discriminator: the networks, in training mode; their dtype is that of the
-            weights.
-        adam_g, adam_d: their optimizers.
-        ema: the averaged generator, moved after G's update; None for none.
+        g, d: the networks with what trains them, in training mode.
+        ema: the averaged generator that G's Adam moves; None for none.
         batch: images a step, B.
         random: the generator that latents are drawn from, on the networks' device.
-        amp_dtype: bfloat16 or float16 for mixed precision by autocast; None computes in the
-            weights' dtype. float16 scales the losses and skips an update whose gradients overflow
-            (torch.amp.GradScaler).
         one_pass: real and fake through D together; False for two passes, which is the same
             function.
-        compile: compile both networks with torch.compile.
+        compile: compile the three passes (G, D's objective, G's objective) with torch.compile. A
+            graph break or a reached recompile limit is then an error of torch._dynamo.
         impl: the image gather's, "triton" or "torch"; networks and optimizers have their own.
     """
 
     def __init__(
         self,
-        generator: Generator,
-        discriminator: Discriminator,
-        adam_g: Adam,
-        adam_d: Adam,
+        g: Trained[Generator],
+        d: Trained[Discriminator],
         ema: Ema | None,
         *,
         batch: int,
         random: torch.Generator,
         pixel_range: PixelRange = (-1.0, 1.0),
-        amp_dtype: torch.dtype | None = None,
         one_pass: bool = True,
         compile: bool = False,
         impl: str = "auto",
     ) -> None:
-        weight = next(generator.parameters())
-        self.generator, self.discriminator = generator, discriminator
-        self.adam_g, self.adam_d, self.ema = adam_g, adam_d, ema
-        self.batch, self.random, self.pixel_range = batch, random, pixel_range
-        self.amp_dtype, self.one_pass, self.impl = amp_dtype, one_pass, impl
-        self.dtype = amp_dtype or weight.dtype
-        self.device = weight.device
-        self.latents = torch.empty(
-            batch, generator.latent, dtype=weight.dtype, device=weight.device
-        )
-        self.scaler = torch.amp.GradScaler(weight.device.type, enabled=amp_dtype == torch.float16)
-        self._g: Callable[..., Tensor] = generator
-        self._d: Callable[..., Tensor] = discriminator
+        weight = next(g.working.parameters())
+        self.g, self.d, self.ema = g, d, ema
+        self.random, self.pixel_range = random, pixel_range
+        self.one_pass, self.impl = one_pass, impl
+        self.dtype, self.device = weight.dtype, weight.device
+        self.scale = LossScale(self.device, self.dtype == torch.float16)
+        kept = next(g.network.parameters()).dtype
+        self.latents = torch.empty(batch, g.network.latent, dtype=kept, device=self.device)
+        self._z = self.latents if kept == self.dtype else self._aligned(self.latents.shape)
         if compile:
-            self._g = torch.compile(generator, dynamic=False)
-            self._d = torch.compile(discriminator, dynamic=False)
+            for part in ("_make", "_judge", "_fool"):
+                setattr(self, part, compiled(getattr(self, part)))
 
     def __call__(self, batch: Batch) -> StepStats:
         """Update D, then G, on `batch` (B images of the resident set) and fresh latents."""
@@ -99,56 +97,77 @@ class Step:
             impl=self.impl,
         )
         self.draw_latents()
-        with self._autocast():
-            fake = self._g(self.latents)
+        if self._z is not self.latents:
+            self._z.copy_(self.latents)
+        fake = self._make(self._z)
         d_loss, d_real, d_fake = self._update_d(real, fake.detach())
         g_loss = self._update_g(fake)
-        self.scaler.update()
+        self.scale.update()
         if self.ema is not None:
-            self.ema.update()
+            self.ema.copy_counts()
         return StepStats(d_loss, g_loss, d_real, d_fake)
 
     def draw_latents(self) -> None:
         """Fill the static latents [B, latent] from N(0, 1)."""
         self.latents.normal_(generator=self.random)
 
-    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with self._autocast():
-            if self.one_pass:
-                logits = self._d(torch.cat([real, fake.to(real.dtype)]), 2)
-                on_real, on_fake = logits.chunk(2)
-            else:
-                on_real, on_fake = self._d(real, 1), self._d(fake, 1)
-        loss = d_non_saturating(on_real, on_fake)
-        self._descend(loss, self.adam_d)
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step changes and a later one reads."""
+        average = self.ema.tensors() if self.ema is not None else []
+        return [*self.g.tensors(), *self.d.tensors(), *average, *self.scale.tensors().values()]
+
+    # The three passes, each a function of tensors alone: what --compile compiles.
+
+    def _make(self, latents: Tensor) -> Tensor:
+        return self.g.working(latents)
+
+    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """D's loss, mean D(x) and mean D(G(z))."""
+        if self.one_pass:
+            on_real, on_fake = self._logits(torch.cat([real, fake]), 2).chunk(2)
+        else:
+            on_real, on_fake = self._logits(real, 1), self._logits(fake, 1)
         d_real, d_fake = (widen(logits.detach()).sigmoid().mean() for logits in (on_real, on_fake))
+        return d_non_saturating(on_real, on_fake), d_real, d_fake
+
+    def _fool(self, fake: Tensor) -> Tensor:
+        """G's loss."""
+        return g_non_saturating(self._logits(fake, 1))
+
+    def _logits(self, images: Tensor, groups: int) -> Tensor:
+        return self.d.working(images, groups)
+
+    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, d_real, d_fake = self._judge(real, fake)
+        self._descend(loss, self.d)
         return loss.detach(), d_real, d_fake
 
     def _update_g(self, fake: Tensor) -> Tensor:
-        with self._frozen(self.discriminator), self._autocast():
-            loss = g_non_saturating(self._d(fake, 1))
-        self._descend(loss, self.adam_g)
+        with frozen(self.d.working):
+            loss = self._fool(fake)
+        self._descend(loss, self.g)
         return loss.detach()
 
-    def _descend(self, loss: Tensor, adam: Adam) -> None:
-        adam.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(adam)
+    def _descend(self, loss: Tensor, side: Trained[Any]) -> None:
+        side.adam.zero_grad()
+        self.scale(loss).backward()
+        if self.scale.enabled:
+            side.adam.grad_scale = self.scale.scale
+            side.adam.found_inf = self.scale.check(side.adam.gradients())
+        side.adam.step()
 
-    def _autocast(self) -> torch.autocast:
-        # no cache of cast weights: it cannot be captured in a graph
-        return torch.autocast(
-            self.device.type,
-            dtype=self.amp_dtype,
-            enabled=self.amp_dtype is not None,
-            cache_enabled=False,
-        )
+    def _aligned(self, shape: torch.Size) -> Tensor:
+        """[B, latent] in the working type, each row beginning on 16 bytes."""
+        unit = ALIGNED_BYTES // self.dtype.itemsize
+        rows = torch.empty(shape[0], -(-shape[1] // unit) * unit, dtype=self.dtype)
+        return rows.to(self.device)[:, : shape[1]]
 
-    @staticmethod
-    @contextmanager
-    def _frozen(network: nn.Module) -> Iterator[None]:
-        network.requires_grad_(False)
-        try:
-            yield
-        finally:
-            network.requires_grad_(True)
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """No gradients for the network's parameters from what is computed inside."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

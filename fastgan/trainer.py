@@ -6,7 +6,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, checkpoint, console
+from . import __version__, checkpoint, compiling, console
 from .config import TrainConfig, to_plain
 from .data.cache import Cache
-from .data.feed import ResidentFeed
-from .data.prepare import prepare
-from .env import (
-    amp_dtype,
-    compile_line,
-    environment,
-    full_line,
-    machine_line,
-    pick_device,
-    pick_kernels,
-)
+from .data.feed import Batch, ResidentFeed
+from .data.prepare import default_root, prepare
+from .env import environment, machine_line
 from .errors import RunError, UsageError
+from .graph import Graphed, warm_up
 from .models import Discriminator, Generator, init_weights
-from .optim import Ema, adam_tensors, copy_into, make_adam
+from .modes import Modes, pick_modes
+from .optim import Ema, Trained, copy_into
 from .paths import absolute, check_folder
 from .resume import run_of, run_to_resume
 from .runlog import Run
@@ -46,14 +40,15 @@ TICK_SHARE, SAMPLE_SHARE, SAVE_SHARE = 1 / 100, 1 / 20, 1 / 4
 def train(config: TrainConfig, resume: str | None = None) -> int:
     """`fastgan train`: returns 0, or 128 + the signal that ended the run after a save."""
     config = config.model_copy(update={"data": absolute(config.data, "--data")})
-    device = pick_device(config.device)
-    pick_kernels(config.kernels, device)  # refused before anything is decoded
+    modes = pick_modes(config)  # refused before anything is decoded
     start = run_to_resume(config, resume)
     if start is None:
         check_folder(config.out, "--out")
     cache = prepare(config.data, config.size, root=config.cache, flag="--data")
+    if modes.compile:
+        compiling.keep_in((config.cache or default_root()) / "compiled")
     try:
-        trainer = Trainer(config, cache, device)
+        trainer = Trainer(config, cache, modes)
         # the lock before the checkpoint: what is loaded must be the last that the run has written
         run = Run.create(config) if start is None else Run(run_of(start))
         with closing(run):
@@ -63,8 +58,8 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
             raise
         raise RunError(
             f"out of memory at --batch {config.batch}, --size {config.size}, --width "
-            f"{config.width}, --latent {config.latent}: lower one of them "
-            f"({str(error).splitlines()[0]})"
+            f"{config.width}, --latent {config.latent}: lower one of them"
+            f"{' or add --amp' if not config.amp else ''} ({str(error).splitlines()[0]})"
         ) from None
 
 
@@ -88,46 +83,39 @@ def _train_in(run: Run, trainer: Trainer, start: Path | None) -> int:
 class Trainer:
     """Everything that a run consists of, and the loop over it."""
 
-    def __init__(self, config: TrainConfig, cache: Cache, device: torch.device) -> None:
-        self.config, self.cache, self.device = config, cache, device
-        amp, self.precision_line = amp_dtype(device) if config.amp else (None, full_line(device))
-        compiled, self.compile_line = compile_line(device) if config.compile else (False, "off")
-        impl, self.kernels_line = pick_kernels(config.kernels, device)
+    def __init__(self, config: TrainConfig, cache: Cache, modes: Modes) -> None:
+        self.config, self.cache, self.modes = config, cache, modes
+        self.device = device = modes.device
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
         random = torch.Generator().manual_seed(config.seed)
-        shape = (config.size, config.latent, config.width, config.pixel_range, impl)
-        self.g, self.d = Generator(*shape), Discriminator(config.size, config.width, impl)
+        shape = (config.size, config.latent, config.width, config.pixel_range, modes.impl)
+        g, d = Generator(*shape), Discriminator(config.size, config.width, modes.impl)
         average = Generator(*shape)
-        init_weights(self.g, random)
-        init_weights(self.d, random)
-        for network in (self.g, self.d, average):
+        init_weights(g, random)
+        init_weights(d, random)
+        for network in (g, d, average):
             network.to(device).to(memory_format=torch.channels_last)
-        betas = (config.beta1, config.beta2)
-        self.ema = Ema(self.g, average, config.batch, config.ema_kimg * 1000)
-        self.adam_g = make_adam(self.g, config.lr_g, betas, impl=impl, ema=self.ema)
-        self.adam_d = make_adam(self.d, config.lr_d, betas, impl=impl)
+        self.ema = Ema(g, average, config.batch, config.ema_kimg * 1000)
+        betas, low, impl = (config.beta1, config.beta2), modes.low, modes.impl
+        self.g = Trained(g, config.lr_g, betas, low=low, ema=self.ema, impl=impl)
+        self.d = Trained(d, config.lr_d, betas, low=low, impl=impl)
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.feed = ResidentFeed(cache.images, config.batch, config.seed, device)
         self.step = Step(
             self.g,
             self.d,
-            self.adam_g,
-            self.adam_d,
             self.ema,
             batch=config.batch,
             random=self.random,
             pixel_range=config.pixel_range,
-            amp_dtype=amp,
             # two small passes stay in a CPU's caches: 140 img/s against 119 (width 64, batch 128)
             one_pass=device.type == "cuda",
-            compile=compiled,
+            compile=modes.compile,
             impl=impl,
         )
-        # what a checkpoint holds, by the names it has there
-        self.networks = {"g": self.g, "d": self.d, "ema": self.ema.network}
-        self.adams = {"g": (self.adam_g, self.g), "d": (self.adam_d, self.d)}
         self.stats = Accumulator(device)
+        self.advance: Callable[[Batch], Any] = self._advance
         self.step_count = 0
         epochs_img = (config.epochs or 0) * len(cache.images)
         self.total_steps = math.ceil((epochs_img or (config.kimg or 0) * 1000) / config.batch)
@@ -153,7 +141,9 @@ class Trainer:
             with noted() as caught:
                 if not self.step_count:
                     self._first_pictures(run)
-                self._loop(run, caught)
+                self.warm_up()
+                with compiling.no_recompiles(self.modes.compile):
+                    self._loop(run, caught)
                 self._finish(run)
         except BaseException:
             with suppress(OSError):  # a full disk is told by the error that it ended the run with
@@ -170,6 +160,25 @@ class Trainer:
         )
         return 128 + caught[0]
 
+    def _advance(self, batch: Batch) -> None:
+        self.stats.add(self.step(batch))
+
+    def warm_up(self) -> None:
+        """Compile the step and capture it, where that is on: a few steps that leave no trace."""
+        if not (self.modes.compile or self.modes.graph):
+            return
+        began = time.perf_counter()
+        count = len(self.cache.images)
+        index = torch.arange(self.config.batch, device=self.device) % count
+        batch = Batch(self.feed.images, index)
+        state = [*self.step.tensors(), self.stats.sums]
+        with compiling.explained():
+            if self.modes.graph:
+                self.advance = Graphed(self._advance, batch, state, self.random)
+            else:
+                warm_up(self._advance, batch, state, self.random)
+        console.say(f"ready      after {time.perf_counter() - began:.1f} s of warm-up")
+
     def _loop(self, run: Run, caught: list[int]) -> None:
         config = self.config
         total_kimg = self.total_steps * config.batch / 1000
@@ -178,7 +187,7 @@ class Trainer:
         self.seconds = dict.fromkeys(self.seconds, 0.0)  # the first pictures came before
         with console.bar("training", total_kimg, "kimg", self.images / 1000) as bar:
             while self.step_count < self.total_steps and not caught:
-                self.stats.add(self.step(self.feed.next()))
+                self.advance(self.feed.next())
                 self.step_count += 1
                 bar.update(self.images / 1000, bar.note or "first tick")
                 if self._due(config.tick_kimg, TICK_SHARE):
@@ -198,7 +207,8 @@ class Trainer:
         return self.images // every != (self.images - batch) // every
 
     def _finish(self, run: Run) -> None:
-        if self.step_count >= self.total_steps and self.stats.count:
+        ticked = self.log.rows[-1]["step"] if self.log.rows else 0
+        if self.step_count >= self.total_steps > ticked:
             self._tick()
         self._save(run)  # before the picture: it is what must not be lost
         self._sample(run)
@@ -271,13 +281,15 @@ class Trainer:
             run.status("running", self.step_count, self.images)
 
     def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        networks = {"g": self.g.network, "d": self.d.network, "ema": self.ema.network}
         return {
-            "model": _prefixed({k: net.state_dict() for k, net in self.networks.items()}),
-            "optim": _prefixed({k: adam_tensors(*pair) for k, pair in self.adams.items()}),
+            "model": _prefixed({name: net.state_dict() for name, net in networks.items()}),
+            "optim": _prefixed({"g": self.g.state(), "d": self.d.state()}),
             "state": {
                 "random.latents": self.random.get_state(),
                 "ema.steps": self.ema.steps,
-                **_prefixed({"stats": self.stats.tensors()}),
+                "stats.sums": self.stats.sums,
+                **_prefixed({"loss_scale": self.step.scale.tensors()}),
             },
         }
 
@@ -287,7 +299,6 @@ class Trainer:
             "step": self.step_count,
             "device": self.device.type,
             "feed": self.feed.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
             "data": {"identity": self.cache.meta.identity, "count": len(self.cache.images)},
             "config": to_plain(self.config),
         }
@@ -302,12 +313,15 @@ class Trainer:
                 "files; start a new run"
             )
         model, optim, state = (start.tensors(part) for part in checkpoint.PARTS)
+        under = checkpoint.under
+        counts = {"ema.steps": self.ema.steps, "stats.sums": self.stats.sums}
         try:
-            for name, network in self.networks.items():
-                copy_into(network.state_dict(), checkpoint.under(model, f"{name}."), name)
-            for name, pair in self.adams.items():
-                saved = checkpoint.under(optim, f"{name}.")
-                copy_into(adam_tensors(*pair), saved, f"Adam of {name}")
+            self.g.load(under(model, "g."), under(optim, "g."), "g")
+            self.d.load(under(model, "d."), under(optim, "d."), "d")
+            copy_into(self.ema.network.state_dict(), under(model, "ema."), "ema")
+            copy_into(counts, {name: state[name] for name in counts if name in state}, "state")
+            if saved := under(state, "loss_scale."):  # without fp16 there is none, then or now
+                copy_into(self.step.scale.tensors(), saved, "loss scale")
         except ValueError as error:
             raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
         if meta["device"] == self.device.type:
@@ -315,10 +329,6 @@ class Trainer:
         else:  # their generators know nothing of each other
             self.random.manual_seed(self.config.seed + meta["step"])
             console.warn(f"the run was on {meta['device']}: latents go on from a new seed")
-        self.ema.steps.copy_(state["ema.steps"])
-        self.stats.load(checkpoint.under(state, "stats."))
-        if meta["scaler"] and self.step.scaler.is_enabled():
-            self.step.scaler.load_state_dict(meta["scaler"])
         try:
             self.feed.load_state_dict(meta["feed"])
         except ValueError as error:
@@ -330,17 +340,15 @@ class Trainer:
         """What is on, and why not where not: printed once, at the start."""
         config, images = self.config, self.cache.images
         megabytes = images.nbytes / 1e6
-        sizes = [sum(p.numel() for p in net.parameters()) for net in (self.g, self.d)]
+        sizes = [
+            sum(p.numel() for p in net.parameters()) for net in (self.g.network, self.d.network)
+        ]
         lines = {
             "fastgan": f"{__version__}, torch {torch.__version__}, {machine_line(self.device)}",
-            "data": (
-                f"{len(images):,} images of {config.size} px, resident ({megabytes:,.0f} MB), "
-                f"from {self.cache.path}"
-            ),
+            "data": f"{len(images):,} images of {config.size} px from {self.cache.path}",
+            "loader": f"the set is resident ({megabytes:,.0f} MB), each step gathers its batch",
             "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last",
-            "kernels": self.kernels_line,
-            "precision": self.precision_line,
-            "compile": self.compile_line,
+            **self.modes.lines,
             "length": (
                 f"{self.total_steps * config.batch / 1000:g} kimg, "
                 f"{self.total_steps:,} steps of {config.batch}"

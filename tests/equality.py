@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fastgan.data.feed import Batch
 from fastgan.models import Discriminator, Generator
-from fastgan.optim import MOMENTS, Ema, make_adam
+from fastgan.optim import MOMENTS, Ema, Trained
 from fastgan.reference import Reference
 from fastgan.step import Step
+from fastgan_kernels import Adam
 
 STEPS = 20
 SEED = 7
@@ -89,14 +90,11 @@ def make_step(
         average = Generator(*shape, impl=impl).to(device, dtype).to(memory_format=layout)
         ema = Ema(g, average, case.batch, 100 * case.batch)
     return kind(
-        g,
-        d,
-        make_adam(g, 2e-4, (0.5, 0.999), impl=impl, ema=ema),
-        make_adam(d, 2e-4, (0.5, 0.999), impl=impl),
+        Trained(g, 2e-4, (0.5, 0.999), low=amp_dtype, ema=ema, impl=impl),
+        Trained(d, 2e-4, (0.5, 0.999), low=amp_dtype, impl=impl),
         ema,
         batch=case.batch,
         random=torch.Generator(device).manual_seed(SEED),
-        amp_dtype=amp_dtype,
         one_pass=one_pass,
         compile=compile,
         impl=impl,
@@ -114,16 +112,17 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> list[tuple[str, Tensor, Tensor]
 def load(step: Step, reference: Reference) -> None:
     """Give the fast step the reference's whole state: weights, running statistics, both Adams."""
     sides = (
-        (step.generator, reference.netG, step.adam_g, reference.optimizerG),
-        (step.discriminator, reference.netD, step.adam_d, reference.optimizerD),
+        (step.g, reference.netG, reference.optimizerG),
+        (step.d, reference.netD, reference.optimizerD),
     )
-    for ours, theirs, adam, adam_ref in sides:
-        for _, mine, yours in pairs(ours, theirs):
+    for side, theirs, adam in sides:
+        for _, mine, yours in pairs(side.network, theirs):
             mine.copy_(yours)
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            if q in adam_ref.state:
+        for p, q in zip(side.network.parameters(), theirs.parameters(), strict=True):
+            if q in adam.state:
                 for key in ("step", *MOMENTS):
-                    adam.state[p][key].copy_(adam_ref.state[q][key])
+                    side.adam.state[p][key].copy_(adam.state[q][key])
+        side.adam.write_low()
 
 
 def relative(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
@@ -135,7 +134,7 @@ def float64_distance(step: Step, case: Case) -> dict[str, float]:
     """After 20 float64 steps: L2(difference) / L2(update) of every weight and running statistic."""
     reference = make_reference(case, step.device)
     load(step, reference)
-    sides = {"g": (step.generator, reference.netG), "d": (step.discriminator, reference.netD)}
+    sides = {"g": (step.g.network, reference.netG), "d": (step.d.network, reference.netD)}
     start = {
         f"{side}.{name}": t.clone() for side, pair in sides.items() for name, _, t in pairs(*pair)
     }
@@ -180,7 +179,7 @@ def teacher_forced(step: Step, case: Case, steps: int = STEPS) -> Errors:
 
     step.draw_latents = draw_latents  # type: ignore[method-assign]
     ours, theirs = (
-        _watch(step.adam_d, step.adam_g),
+        _watch(step.d.adam, step.g.adam),
         _watch(reference.optimizerD, reference.optimizerG),
     )
     errors = Errors()
@@ -192,12 +191,12 @@ def teacher_forced(step: Step, case: Case, steps: int = STEPS) -> Errors:
             ("d_grad", ours[0](), theirs[0]()),
             ("g_grad", ours[1](), theirs[1]()),
         ):
-            a = torch.cat([t.double().flatten() for t in mine]) / step.scaler.get_scale()
+            a = torch.cat([t.double().flatten() for t in mine]) / float(step.scale.scale)
             b = torch.cat([t.double().flatten() for t in yours])
             errors.note(kind, relative(a, b, b), "all parameters")
         for network, ref in (
-            (step.generator, reference.netG),
-            (step.discriminator, reference.netD),
+            (step.g.network, reference.netG),
+            (step.d.network, reference.netD),
         ):
             found = {name: (a, b) for name, a, b in pairs(network, ref)}
             for name, (a, b) in found.items():
@@ -221,7 +220,9 @@ def _watch(*adams: torch.optim.Optimizer) -> list[Callable[[], list[Tensor]]]:
 
     def keep(place: int) -> Callable[..., None]:
         def hook(adam: torch.optim.Optimizer, *_: object) -> None:
-            kept[place] = [p.grad.detach().clone() for p in adam.param_groups[0]["params"]]
+            params = adam.param_groups[0]["params"]
+            grads = adam.gradients() if isinstance(adam, Adam) else [p.grad for p in params]
+            kept[place] = [g.detach().clone() for g in grads]
 
         return hook
 

@@ -22,7 +22,7 @@ PARTS = {
     "optim": {"g.a.step": torch.tensor(3.0), "g.a.exp_avg": torch.randn(7, dtype=torch.float64)},
     "state": {"random.latents": torch.Generator().get_state()},
 }
-META = {"step": 7, "device": "cpu", "feed": {}, "scaler": {}, "data": {}, "config": {}}
+META = {"step": 7, "device": "cpu", "feed": {}, "data": {}, "config": {}}
 FILES = ["model.safetensors", "optim.safetensors", "state.safetensors", "meta.json"]
 
 

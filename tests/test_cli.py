@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan import env
+from fastgan import modes
 from fastgan.cli import main
 
 TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
@@ -103,7 +103,7 @@ def test_wrong_flags_and_values(capsys, tmp_path):
 
 
 def test_kernels_that_cannot_run_are_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "INTERPRETED", False)
+    monkeypatch.setattr(modes, "INTERPRETED", False)
     args = ["train", "--data", "faces:32", *TINY, "--device", "cpu", "--out", tmp_path]
     said = refused(capsys, *args, "--kernels", "triton")
     assert "--kernels triton: the kernels need an NVIDIA GPU; auto takes PyTorch's own here" in said
@@ -219,8 +219,8 @@ def test_no_argument_is_the_quickstart(capsys):
 
 
 def test_amp_and_compile_say_what_they_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fastgan.env.cxx_compiler", lambda: None)
-    monkeypatch.setattr("fastgan.env.cpu_flags", set)
+    monkeypatch.setattr("fastgan.modes.cxx_compiler", lambda: None)
+    monkeypatch.setattr("fastgan.modes.cpu_flags", set)
     args = ["train", "--data", "faces:16", *TINY, "--kimg", "0.016", "--out", str(tmp_path)]
     assert main([*args, "--amp", "--compile", "--device", "cpu"]) == 0
     said = capsys.readouterr().out

@@ -23,8 +23,7 @@ from fastgan import reference
 from fastgan.config import TrainConfig
 from fastgan.data.feed import Batch
 from fastgan.data.prepare import prepare
-from fastgan.models import Generator
-from fastgan.optim import Ema
+from fastgan.modes import pick_modes
 from fastgan.step import Step, StepStats
 from fastgan.trainer import Trainer
 from fastgan_kernels import INTERPRETED
@@ -69,36 +68,28 @@ def within(errors: Errors, limits: dict[str, float]) -> None:
 class Ungrouped(Step):
     """Planted: real and fake normalised by shared statistics."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        d = self._d
-        self._d = lambda images, groups: d(images, 1)
+    def _logits(self, images: Tensor, groups: int) -> Tensor:
+        return super()._logits(images, 1)
 
 
 class FakeFirst(Step):
     """Planted: the running statistics take the fake before the real."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        d = self._d
-
-        def swapped(images: Tensor, groups: int) -> Tensor:
-            if groups == 1:
-                return d(images, 1)
-            real, fake = images.chunk(2)
-            on_fake, on_real = d(torch.cat([fake, real]), 2).chunk(2)
-            return torch.cat([on_real, on_fake])
-
-        self._d = swapped
+    def _logits(self, images: Tensor, groups: int) -> Tensor:
+        if groups == 1:
+            return super()._logits(images, 1)
+        real, fake = images.chunk(2)
+        on_fake, on_real = super()._logits(torch.cat([fake, real]), 2).chunk(2)
+        return torch.cat([on_real, on_fake])
 
 
 class EvalInG(Step):
     """Planted: D in evaluation mode while G is updated."""
 
     def _update_g(self, fake: Tensor) -> Tensor:
-        self.discriminator.eval()
+        self.d.working.eval()
         loss = super()._update_g(fake)
-        self.discriminator.train()
+        self.d.working.train()
         return loss
 
 
@@ -106,11 +97,11 @@ class StaleD(Step):
     """Planted: G is judged by the discriminator from before its update."""
 
     def _update_d(self, real: Tensor, fake: Tensor):
-        self.old = [p.detach().clone() for p in self.discriminator.parameters()]
+        self.old = [p.detach().clone() for p in self.d.working.parameters()]
         return super()._update_d(real, fake)
 
     def _update_g(self, fake: Tensor) -> Tensor:
-        params = list(self.discriminator.parameters())
+        params = list(self.d.working.parameters())
         new = [p.detach().clone() for p in params]
         with torch.no_grad():
             for p, old in zip(params, self.old, strict=True):
@@ -167,8 +158,7 @@ def test_the_kernels_equal_the_reference_step_by_step(amp_dtype, limits, one_pas
     how = {"one_pass": one_pass, "impl": "triton", "device": DEVICE}
     step = make_step(KERNELS, amp_dtype=amp_dtype, **how)
     if amp_dtype == torch.float16:
-        step.scaler.scale(torch.zeros((), device=DEVICE))
-        step.scaler.update(1024.0)
+        step.scale.scale.fill_(1024.0)
     within(teacher_forced(step, KERNELS, steps=4), limits)
 
 
@@ -183,7 +173,7 @@ def test_teacher_forcing_shows_a_planted_mistake_with_the_kernels(mistake, monke
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_the_average_follows_the_generator_through_the_steps(impl):
     step = make_step(KERNELS, impl=impl, with_ema=True, device=DEVICE)
-    ours, theirs = step.ema.network.state_dict(), step.generator.state_dict()
+    ours, theirs = step.ema.network.state_dict(), step.g.network.state_dict()
     expected = {name: t.double() for name, t in ours.items()}
     for count, batch in enumerate(batches(KERNELS, 3, DEVICE), 1):
         step(batch)
@@ -205,8 +195,7 @@ def test_bf16_equals_the_reference_step_by_step(how):
 
 def test_fp16_with_a_scaler_equals_the_reference_step_by_step():
     step = make_step(CASE, amp_dtype=torch.float16)
-    step.scaler.scale(torch.zeros(()))  # the scale tensor is made on first use
-    step.scaler.update(1024.0)
+    step.scale.scale.fill_(1024.0)
     within(teacher_forced(step, CASE), FP16)
 
 
@@ -215,7 +204,7 @@ class NotANumber(Step):
 
     def _update_g(self, fake: Tensor) -> Tensor:
         loss = super()._update_g(fake)
-        self.discriminator.blocks[-1].norm.running_mean[1] = torch.nan
+        self.d.network.blocks[-1].norm.running_mean[1] = torch.nan
         return loss
 
 
@@ -240,13 +229,12 @@ def test_teacher_forcing_shows_a_planted_mistake(mistake, amp_dtype, limits):
 
 def test_a_step_overflowing_in_fp16_changes_no_weight_and_lowers_the_scale():
     step = make_step(CASE, amp_dtype=torch.float16)
-    step.scaler.scale(torch.zeros(()))
-    step.scaler.update(2.0**40)
-    before = [p.detach().clone() for p in step.generator.parameters()]
+    step.scale.scale.fill_(2.0**40)
+    before = [p.detach().clone() for p in step.g.network.parameters()]
     step(next(batches(CASE)))
-    for was, now in zip(before, step.generator.parameters(), strict=True):
+    for was, now in zip(before, step.g.network.parameters(), strict=True):
         assert torch.equal(was, now)
-    assert step.scaler.get_scale() == 2.0**39
+    assert float(step.scale.scale) == 2.0**39
 
 
 class Syncs(TorchDispatchMode):
@@ -269,14 +257,14 @@ def trainer(tmp_path):
             data="faces:20", size=32, width=4, latent=8, batch=16, kimg=1, **options
         )
         cache = prepare(config.data, config.size, root=tmp_path)
-        return Trainer(config, cache, torch.device(device))
+        return Trainer(config, cache, pick_modes(config.model_copy(update={"device": device})))
 
     return make
 
 
 def one_step(trainer: Trainer) -> None:
     """What the loop does between two ticks; most of these cross the end of an epoch of 20."""
-    trainer.stats.add(trainer.step(trainer.feed.next()))
+    trainer.advance(trainer.feed.next())
 
 
 def test_nothing_is_read_back_to_the_host_between_ticks(trainer):
@@ -314,7 +302,8 @@ def test_a_step_draws_only_from_its_own_generator():
 def test_the_frozen_discriminator_gets_its_gradients_back():
     step = make_step(CASE)
     step(next(batches(CASE)))
-    assert all(p.requires_grad for p in step.discriminator.parameters())
+    for network in (step.d.network, step.d.working):
+        assert all(p.requires_grad for p in network.parameters())
 
 
 @pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
@@ -322,8 +311,8 @@ def test_the_discriminator_sees_the_configured_pixel_range(pixel_range):
     step = make_step(CASE)
     step.pixel_range = pixel_range
     seen = []
-    d = step._d
-    step._d = lambda images, groups: (seen.append(images), d(images, groups))[1]
+    d = step._logits
+    step._logits = lambda images, groups: (seen.append(images), d(images, groups))[1]
     black_and_white = torch.zeros(CASE.batch, CASE.size, CASE.size, 3, dtype=torch.uint8)
     black_and_white[::2] = 255
     step(Batch(black_and_white, torch.arange(CASE.batch)))
@@ -359,11 +348,19 @@ def test_on_a_gpu_the_step_equals_the_reference_step_by_step(how, amp_dtype, lim
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
-    [{}, {"kernels": "torch"}, {"amp": True}, {"amp": True, "compile": True}],
+    [
+        {},
+        {"graph": False},
+        {"kernels": "torch"},
+        {"amp": True, "graph": False},
+        {"amp": True, "compile": True},
+        {"amp": True, "amp_dtype": "fp16", "graph": False},
+    ],
     ids=str,
 )
 def test_on_a_gpu_nothing_between_ticks_makes_the_host_wait(trainer, options):
     made = trainer("cuda", **options)
+    made.warm_up()
     for _ in range(3):
         one_step(made)
     torch.cuda.set_sync_debug_mode("error")
@@ -378,9 +375,8 @@ def test_on_a_gpu_nothing_between_ticks_makes_the_host_wait(trainer, options):
 def test_the_step_keeps_up_with_the_reference_on_a_cpu():
     """As the trainer runs it there, no slower than the eager reference; interleaved medians."""
     case = Case(64, 100, 64, 128)
-    step, rival = make_step(case, one_pass=False), reference.Reference(64, 100, 64)
-    average = Generator(64, 100, 64).to(memory_format=torch.channels_last)
-    step.ema = Ema(step.generator, average, case.batch, 10_000)
+    step = make_step(case, one_pass=False, with_ema=True)
+    rival = reference.Reference(64, 100, 64)
     (batch,) = batches(case, 1)
     real = as_reference(batch, torch.float32)
     times: dict[str, list[float]] = {"step": [], "reference": []}

@@ -14,11 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan import checkpoint
+from fastgan import checkpoint, modes
 from fastgan.cli import main
 from fastgan.config import TrainConfig
 from fastgan.data.prepare import prepare
+from fastgan.graph import Graphed
+from fastgan.modes import pick_modes
 from fastgan.trainer import Trainer
+from tape import in_the_place_of_cuda
 
 TINY = {"size": 32, "width": 4, "latent": 8, "batch": 8, "grid": 4, "data": "faces:20"}
 FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
@@ -80,7 +83,7 @@ def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
 def test_the_statistics_are_the_means_of_the_steps(tmp_path):
     config = TrainConfig(**TINY, kimg=0.08)
     cache = prepare(config.data, config.size, root=tmp_path)
-    trainer = Trainer(config, cache, torch.device("cpu"))
+    trainer = Trainer(config, cache, pick_modes(config))
     seen = []
     for _ in range(5):
         stats = trainer.step(trainer.feed.next())
@@ -88,7 +91,7 @@ def test_the_statistics_are_the_means_of_the_steps(tmp_path):
         seen.append([float(value) for value in stats])
     means = trainer.stats.take()
     np.testing.assert_allclose(list(means.values()), np.mean(seen, axis=0), rtol=1e-6)
-    assert trainer.stats.count == 0 and not trainer.stats.sums.any()
+    assert not trainer.stats.sums.any()
 
 
 def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(tmp_path):
@@ -97,6 +100,20 @@ def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(tmp_path):
     a, b, c = (tensors(only_run(tmp_path / name)) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["model.g.last.weight"], c["model.g.last.weight"])
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--amp", "--amp-dtype=fp16"], ["--amp", "--amp-dtype=bf16"]]
+)
+def test_a_resumed_run_in_any_precision_ends_with_the_same_bits(tmp_path, flags):
+    """Also the loss scale goes on, and the working copies are written from what was loaded."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, *flags, "--kimg=0.12") == 0
+    assert train(parts, *flags, "--kimg=0.04") == 0
+    assert train(parts, *flags, "--kimg=0.12", "--resume=auto") == 0
+    a, b = tensors(only_run(whole)), tensors(only_run(parts))
+    assert a.keys() == b.keys() and ("state.loss_scale.scale" in a) == ("--amp-dtype=fp16" in flags)
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("how", ["auto", "run", "checkpoint"])
@@ -301,7 +318,7 @@ def test_a_checkpoint_of_another_device_goes_on_with_new_latents(tmp_path, capsy
     run = only_run(tmp_path)
     path = checkpoint.checkpoints(run)[-1] / "meta.json"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"device": "cuda", "scaler": {"scale": 1.0}}))
+    path.write_text(json.dumps(meta | {"device": "cuda"}))
     assert main(["train", f"--resume={run}", "--kimg=0.08"]) == 0
     assert "the run was on cuda: latents go on from a new seed" in capsys.readouterr().err
 
@@ -368,3 +385,38 @@ def test_a_run_on_the_kernels_and_its_checkpoint_without_them(tmp_path, monkeypa
         assert f"kernels: {kernels} -> {other}" in capsys.readouterr().out
         after = tensors(run)
         assert {float(t) for name, t in after.items() if name.endswith(".step")} == {6.0}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no stand-in")
+def test_a_run_on_a_graph_is_the_run_without(tmp_path, monkeypatch, capsys):
+    """The trainer's own capture, with a tape in the place of CUDA's graph: resume included."""
+    assert train(tmp_path / "plain", "--kimg=0.12") == 0
+    in_the_place_of_cuda(monkeypatch)
+    monkeypatch.setattr(modes, "pick_graph", lambda wanted, device: (wanted, "a tape"))
+    made = Graphed.__init__
+
+    def put_back(self, advance, batch, state, random):
+        before = [t.clone() for t in state], random.get_state()
+        made(self, advance, batch, state, random)
+        for t, was in zip(state, before[0], strict=True):
+            t.copy_(was)  # a tape does what it records, a graph does not
+        random.set_state(before[1])
+
+    monkeypatch.setattr(Graphed, "__init__", put_back)
+    assert train(tmp_path / "graph", "--kimg=0.04") == 0
+    assert train(tmp_path / "graph", "--kimg=0.12", "--resume=auto") == 0
+    assert "graph      a tape" in capsys.readouterr().out
+    a, b = (tensors(only_run(tmp_path / name)) for name in ("plain", "graph"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    losses = [np.load(only_run(tmp_path / name) / "losses.npy") for name in ("plain", "graph")]
+    np.testing.assert_array_equal(losses[0][-1], losses[1][-1])
+
+
+def test_a_compiled_run_goes_on_from_a_plain_one_and_back(tmp_path, capsys):
+    assert train(tmp_path, "--kimg=0.04") == 0
+    resume = f"--resume={only_run(tmp_path)}"
+    assert main(["train", resume, "--kimg=0.08", "--compile"]) == 0
+    out = capsys.readouterr().out
+    assert "compile: False -> True" in out and "compile    on" in out and "of warm-up" in out
+    assert main(["train", resume, "--kimg=0.12", "--no-compile"]) == 0
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["step"] == 15

@@ -28,14 +28,29 @@ def channels(size: int, width: int) -> list[int]:
     return [width * min(2**i, MAX_MULTIPLE) for i in reversed(range(doublings))]
 
 
-class UpBlock(nn.Module):
-    """Transposed convolution, batch norm, ReLU."""
+class FirstBlock(nn.Module):
+    """Latents [B, cin] to maps [B, cout, base, base]: transposed convolution, batch norm, ReLU.
 
-    def __init__(
-        self, cin: int, cout: int, kernel: int, stride: int, padding: int, impl: str
-    ) -> None:
+    The transposed convolution of a single pixel is a matrix product, and is computed as one.
+    """
+
+    def __init__(self, cin: int, cout: int, base: int, impl: str) -> None:
         super().__init__()
-        self.conv = nn.ConvTranspose2d(cin, cout, kernel, stride, padding, bias=False)
+        self.conv = nn.ConvTranspose2d(cin, cout, base, 1, 0, bias=False)
+        self.norm = BatchNormAct2d(cout, act="relu", impl=impl)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        weight = self.conv.weight.permute(0, 2, 3, 1)  # the order of channels-last memory
+        y = latents @ weight.flatten(1)
+        return self.norm(y.view(-1, *weight.shape[1:]).permute(0, 3, 1, 2))
+
+
+class UpBlock(nn.Module):
+    """Transposed convolution that doubles the map, batch norm, ReLU."""
+
+    def __init__(self, cin: int, cout: int, impl: str) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=False)
         self.norm = BatchNormAct2d(cout, act="relu", impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,13 +86,13 @@ class Generator(nn.Module):
         base, _ = split_size(size)
         inner = channels(size, width)
         self.size, self.latent, self.pixel_range = size, latent, pixel_range
-        self.blocks = nn.ModuleList([UpBlock(latent, inner[0], base, 1, 0, impl)])
+        self.blocks = nn.ModuleList([FirstBlock(latent, inner[0], base, impl)])
         for cin, cout in zip(inner, inner[1:], strict=False):
-            self.blocks.append(UpBlock(cin, cout, 4, 2, 1, impl))
+            self.blocks.append(UpBlock(cin, cout, impl))
         self.last = nn.ConvTranspose2d(inner[-1], 3, 4, 2, 1, bias=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = latents[:, :, None, None]
+        x = latents
         for block in self.blocks:
             x = block(x)
         x = self.last(x)
@@ -104,7 +119,9 @@ class Discriminator(nn.Module):
         x = F.leaky_relu(self.first(images), LEAKY_SLOPE)
         for block in self.blocks:
             x = block(x, groups)
-        return self.last(x).flatten()
+        # the last convolution takes all of the map: a dot product, in the order of channels-last
+        x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, self.last.weight))
+        return F.linear(x, weight).flatten()
 
 
 @torch.no_grad()

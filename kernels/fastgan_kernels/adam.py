@@ -27,7 +27,9 @@ class Adam(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them (`torch.optim.Optimizer`); float32 for "triton".
         lr, betas, eps: Adam's.
-        low: a bfloat16 or float16 copy of each parameter, in order, written in the same launch.
+        low: for each parameter, in order, a bfloat16 or float16 copy that is written in the same
+            launch, or None. A copy that requires a gradient is what the network computes with: its
+            gradient is taken in the place of the parameter's.
         average: what is averaged in the same launch.
         impl: `adam_ema`'s.
 
@@ -36,7 +38,9 @@ class Adam(torch.optim.Optimizer):
             a step, a parameter without a gradient.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for each step
+    _step_supports_amp_scaling = True  # GradScaler sets these for each step, and deletes them
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def __init__(
         self,
@@ -45,7 +49,7 @@ class Adam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
-        low: Sequence[Tensor] = (),
+        low: Sequence[Tensor | None] = (),
         average: Average | None = None,
         impl: str = "auto",
     ) -> None:
@@ -84,12 +88,7 @@ class Adam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = group["params"]
-            missing = [i for i, p in enumerate(params) if p.grad is None]
-            if missing:
-                raise ValueError(
-                    f"Adam: parameter {missing[0]} of shape {tuple(params[missing[0]].shape)} has "
-                    "no gradient; leave out of the optimizer what is not trained"
-                )
+            grads = self._gradients(params)
             if not isinstance(group["lr"], Tensor):
                 raise ValueError(
                     f"Adam: lr must stay the tensor that it is, got {group['lr']}; write into it: "
@@ -98,7 +97,7 @@ class Adam(torch.optim.Optimizer):
             _check_absent(group)
             adam_ema(
                 params,
-                [p.grad for p in params],
+                grads,
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 self.state[params[0]]["step"],
@@ -112,6 +111,47 @@ class Adam(torch.optim.Optimizer):
                 impl=self.impl,
             )
         return loss
+
+    def gradients(self) -> list[Tensor]:
+        """What the next step will take, of every parameter in order: to reduce, check or clip.
+
+        Raises:
+            ValueError: one has none.
+        """
+        return [g for group in self.param_groups for g in self._gradients(group["params"])]
+
+    def _gradients(self, params: list[Tensor]) -> list[Tensor]:
+        grads = []
+        for i, leaf in enumerate(self._leaves(params)):
+            if leaf.grad is None:
+                raise ValueError(
+                    f"Adam: parameter {i} of shape {tuple(leaf.shape)} has no gradient; leave out "
+                    "of the optimizer what is not trained"
+                )
+            grads.append(leaf.grad)
+        return grads
+
+    def _leaves(self, params: list[Tensor]) -> list[Tensor]:
+        """What backward reaches: a parameter, or its copy."""
+        copies = self.low or [None] * len(params)
+        return [
+            p if copy is None or not copy.requires_grad else copy
+            for p, copy in zip(params, copies, strict=True)
+        ]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of the parameters and of the copies that have their gradients."""
+        super().zero_grad(set_to_none)
+        for copy in self.low:
+            if copy is not None and copy.grad is not None:
+                copy.grad = None if set_to_none else copy.grad.zero_()
+
+    @torch.no_grad()
+    def write_low(self) -> None:
+        """Write the copies, as a step does: after the parameters were set by something else."""
+        for copy, p in zip(self.low, self.param_groups[0]["params"], strict=False):
+            if copy is not None:
+                copy.copy_(p)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Adam`'s, where each parameter has a step count of its own."""

@@ -88,7 +88,7 @@ def adam_ema_ref(
     *,
     betas: tuple[float, float],
     eps: float,
-    low: Sequence[Tensor] = (),
+    low: Sequence[Tensor | None] = (),
     average: Average | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -105,7 +105,8 @@ def adam_ema_ref(
             step_size = (lr / (1 - beta1**t)).to(p.dtype)
             p -= step_size * m / (v.sqrt() / (1 - beta2**t).sqrt().to(p.dtype) + eps)
     for copy, p in zip(low, params, strict=False):
-        copy.copy_(p)
+        if copy is not None:
+            copy.copy_(p)
     if average is not None:
         average.step.add_(1)
         half_life = (average.step * average.ramp).clamp_max(average.half_life)
@@ -124,16 +125,20 @@ def _adam_ema_torch(
     *,
     betas: tuple[float, float],
     eps: float,
-    low: Sequence[Tensor] = (),
+    low: Sequence[Tensor | None] = (),
     average: Average | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """PyTorch's fused Adam, called as torch.optim.Adam(fused=True) does, and foreach copies."""
     step += 1
+    if any(g.dtype != p.dtype for g, p in zip(grads, params, strict=True)):
+        wide = [torch.empty_like(p) for p in params]
+        torch._foreach_copy_(wide, list(grads))
+        grads = wide
     torch._fused_adam_(
         list(params),
-        [g.to(p.dtype) for g, p in zip(grads, params, strict=True)],
+        list(grads),
         list(exp_avgs),
         list(exp_avg_sqs),
         [],
@@ -150,8 +155,9 @@ def _adam_ema_torch(
     )
     if found_inf is not None:
         step -= found_inf
-    if low:
-        torch._foreach_copy_(list(low), list(params))
+    copies = [(copy, p) for copy, p in zip(low, params, strict=False) if copy is not None]
+    if copies:
+        torch._foreach_copy_([copy for copy, _ in copies], [p for _, p in copies])
     if average is not None:
         average.move(params)
 
@@ -165,7 +171,7 @@ def _moved(average, value, weight):
 @jit
 def _adam_ema_kernel(
     param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs,  # tuples of [NUMELS[i]], or None
-    low_ptrs, average_ptrs,  # the same
+    low_ptrs, average_ptrs,  # the same, and None in the place of a copy that is not there
     buffer_ptrs, buffer_average_ptrs,  # the same, of the tensors after the parameters
     step_ptr, lr_ptr,  # [] float32
     average_step_ptr,  # [] float64, or None
@@ -209,8 +215,9 @@ def _adam_ema_kernel(
                 tl.store(param_ptrs[i] + at, p, mask=inside)
                 tl.store(exp_avg_ptrs[i] + at, m, mask=inside)
                 tl.store(exp_avg_sq_ptrs[i] + at, v, mask=inside)
-            if low_ptrs is not None:
-                tl.store(low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside)
+            if low_ptrs is not None:  # noqa: SIM102  # `and` would look into the None
+                if low_ptrs[i] is not None:
+                    tl.store(low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside)
             if average_step_ptr is not None:
                 average = tl.load(average_ptrs[i] + at, mask=inside)
                 tl.store(average_ptrs[i] + at, _moved(average, p, weight), mask=inside)
@@ -255,6 +262,7 @@ def _adam_ema_fused(
     beta2: float,
     eps: float,
     low: Sequence[Tensor],
+    low_of: Sequence[int],
     averages: Sequence[Tensor],
     buffers: Sequence[Tensor],
     buffer_averages: Sequence[Tensor],
@@ -264,6 +272,8 @@ def _adam_ema_fused(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
+    copies = dict(zip(low_of, low, strict=True))  # by the place of their parameter
+    lows = [copies.get(i) for i in range(len(params))] if copies else []
     moved = [i for i, p in enumerate(params) if p.numel()]
     kept = [i for i, t in enumerate(buffers) if t.numel()]
     counter, launches = counters(1, step.device), range(0, max(len(moved), len(kept)), MOST)
@@ -276,7 +286,7 @@ def _adam_ema_fused(
             (starts[-1],),
             _picked(params, here), _picked(grads, here),
             _picked(exp_avgs, here), _picked(exp_avg_sqs, here),
-            _picked(low, here), _picked(averages, here),
+            _picked(lows, here), _picked(averages, here),
             _picked(buffers, also), _picked(buffer_averages, also),
             step, lr, average_step, grad_scale, found_inf, counter, starts[-1],
             beta1, beta2, 1 - beta1, 1 - beta2, _log2(beta1), _log2(beta2), eps, half_life, ramp,
@@ -286,7 +296,9 @@ def _adam_ema_fused(
         )  # fmt: skip
 
 
-def _picked(tensors: Sequence[Tensor], which: Sequence[int]) -> tuple[Tensor, ...] | None:
+def _picked(
+    tensors: Sequence[Tensor | None], which: Sequence[int]
+) -> tuple[Tensor | None, ...] | None:
     """Those of `tensors`; None where there are none, which a kernel knows as it compiles."""
     return tuple(tensors[i] for i in which) if tensors and which else None
 
@@ -311,7 +323,7 @@ def adam_ema(
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    low: Sequence[Tensor] = (),
+    low: Sequence[Tensor | None] = (),
     average: Average | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -324,7 +336,7 @@ def adam_ema(
         grads: of the parameters' shapes; float32, bfloat16 or float16.
         step: 0-d float32, the steps taken so far.
         lr: 0-d float32.
-        low: bfloat16 or float16 copies of the parameters, or nothing.
+        low: bfloat16 or float16 copies of the parameters, or None in the place of some.
         average: what is averaged beside.
         grad_scale, found_inf: 0-d float32 (`torch.amp.GradScaler`); PyTorch's own implementation
             also divides the gradients by `grad_scale` in place.
@@ -335,6 +347,7 @@ def adam_ema(
     Raises:
         ValueError: lists of different lengths, or a tensor of another shape, type or layout.
     """
+    lists: dict[str, Sequence[Tensor | None]]
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {"low": low} if low else {}
     lists |= {"average.params": average.params} if average is not None else {}
@@ -354,7 +367,8 @@ def adam_ema(
             lr,
             *betas,
             eps,
-            list(low),
+            [copy for copy in low if copy is not None],
+            [i for i, copy in enumerate(low) if copy is not None],
             list(average.params) if average is not None else [],
             [source for source, _ in pairs],
             [mean for _, mean in pairs],
@@ -408,7 +422,7 @@ def as_laid_out(like: Tensor, t: Tensor) -> Tensor:
 
 def _check(
     params: Sequence[Tensor],
-    lists: dict[str, Sequence[Tensor]],
+    lists: dict[str, Sequence[Tensor | None]],
     average: Average | None,
     betas: tuple[float, float],
     eps: float,
@@ -427,7 +441,8 @@ def _check(
                 f"adam_ema: {name} must be as many as params, {len(params)}, got {len(tensors)}"
             )
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            _check_pair(f"{name}[{i}]", t, f"params[{i}]", p, layout=name != "grads")
+            if t is not None:
+                _check_pair(f"{name}[{i}]", t, f"params[{i}]", p, layout=name != "grads")
     for i, (source, mean) in enumerate(average.buffers if average is not None else ()):
         _check_pair(f"average.buffers[{i}][1]", mean, f"average.buffers[{i}][0]", source)
 
@@ -453,7 +468,7 @@ def _check_pair(name: str, t: Tensor, of: str, like: Tensor, layout: bool = True
 
 def _fault(
     params: Sequence[Tensor],
-    lists: dict[str, Sequence[Tensor]],
+    lists: dict[str, Sequence[Tensor | None]],
     average: Average | None,
     scalars: dict[str, Tensor | None],
 ) -> str:
@@ -466,7 +481,7 @@ def _fault(
     for name, tensors in everything.items():
         takes = {"grads": DTYPES, "low": DTYPES}.get(name, (torch.float32,))
         for t in tensors:
-            if t.dtype not in takes or t.device != device:
+            if t is not None and (t.dtype not in takes or t.device != device):
                 types = " or ".join(str(dtype).removeprefix("torch.") for dtype in takes)
                 return f"{name} must be {types} on {device}, got {t.dtype} on {t.device}"
     if average is not None:

@@ -56,6 +56,45 @@ def test_50_steps_of_torchs_adam(impl, scale, device):
             assert (adam.state[p][name] - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_copy_that_requires_a_gradient_gives_it(impl, device):
+    net = network(device)
+    weights = [i for i, p in enumerate(net.parameters()) if p.dim() > 1]
+    copies = [
+        p.detach().half().requires_grad_() if i in weights else None
+        for i, p in enumerate(net.parameters())
+    ]
+    plain = copy.deepcopy(net)
+    ours = Adam(net.parameters(), 1e-2, BETAS, low=copies, impl=impl)
+    theirs = Adam(plain.parameters(), 1e-2, BETAS, impl="ref")
+    with pytest.raises(ValueError, match="parameter 0 of shape .* has no gradient"):
+        ours.gradients()
+    for _ in range(3):
+        ours.zero_grad()
+        for i, (p, q, g) in enumerate(
+            zip(net.parameters(), plain.parameters(), gradients(net), strict=True)
+        ):
+            g = g.half().float() if i in weights else g
+            q.grad = g
+            if i in weights:
+                copies[i].grad = g.half()
+            else:
+                p.grad = g
+        taken = ours.gradients()
+        assert all(taken[i] is copies[i].grad for i in weights)
+        ours.step(), theirs.step()
+    for i, (p, q) in enumerate(zip(net.parameters(), plain.parameters(), strict=True)):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert i not in weights or torch.equal(copies[i], p.half())
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    ours.write_low()
+    assert not any(copies[i].any() for i in weights)
+    ours.zero_grad(set_to_none=False)
+    assert all(copies[i].grad is not None and not copies[i].grad.any() for i in weights)
+
+
 def test_more_tensors_than_one_launch_takes(device, monkeypatch):
     import sys
 

@@ -1,0 +1,86 @@
+"""A whole step as one CUDA graph: its hundred launches cost the host one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.feed import Batch
+from .errors import RunError
+
+WARM_UP = 3  # steps: code is compiled, cuDNN's algorithms are searched, libraries get their memory
+
+
+def warm_up(
+    advance: Callable[[Batch], Any],
+    batch: Batch,
+    state: Sequence[Tensor],
+    random: torch.Generator,
+) -> None:
+    """Run `advance` on `batch` a few times and put everything back: it trains nothing.
+
+    Args:
+        state: every tensor that `advance` changes and a later call reads.
+        random: what it draws from.
+    """
+    before = [t.clone() for t in state], random.get_state()
+    for _ in range(WARM_UP):
+        advance(batch)
+    with torch.no_grad():
+        for t, was in zip(state, before[0], strict=True):
+            t.copy_(was)
+    random.set_state(before[1])
+
+
+class Graphed:
+    """`advance` captured as a CUDA graph, which each call replays on the batch that it is given.
+
+    What the graph changes, reads and draws is what a plain call would: tensors of `state` in place,
+    the resident images by the batch's index, random numbers from `random`, which goes on from
+    wherever it is set to.
+
+    Args:
+        advance: on a batch, operations on the device of fixed shapes alone, and no reading back.
+        batch: any batch of the set; its images are those of every later one.
+        state, random: `warm_up`'s.
+
+    Raises:
+        RunError: it could not be captured.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[[Batch], Any],
+        batch: Batch,
+        state: Sequence[Tensor],
+        random: torch.Generator,
+    ) -> None:
+        self._batch = Batch(batch.images, batch.index.clone())
+        side = torch.cuda.Stream(batch.index.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            warm_up(advance, self._batch, state, random)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(random)
+        try:
+            # the stream of the warm-up: gradients are accumulated on the one they were first on
+            with torch.cuda.graph(self._graph, stream=side):
+                self._result = advance(self._batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"the step could not be captured as a CUDA graph ({reason}); --no-graph trains "
+                "without one"
+            ) from error
+
+    def __call__(self, batch: Batch) -> Any:
+        """What `advance` returned, in tensors that the next call writes anew."""
+        self._batch.index.copy_(batch.index)
+        self._graph.replay()
+        return self._result

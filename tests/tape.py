@@ -1,0 +1,62 @@
+"""A CUDA graph without a GPU: what was captured is done again on the same tensors, without any of
+the Python that stood around it. What a graph would freeze (a number read on the host, a branch, a
+list that grew) freezes here too.
+"""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Tape(TorchDispatchMode):
+    """In the place of `torch.cuda.CUDAGraph`. Unlike one it does what it records."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+        self.registered = []
+
+    def register_generator_state(self, generator):
+        self.registered.append(generator)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for value in kwargs.values():
+            assert not isinstance(value, torch.Generator) or self._knows(value)
+        result = func(*args, **kwargs)
+        self.done.append((func, args, kwargs, result))
+        return result
+
+    def _knows(self, generator):
+        states = [known.get_state() for known in self.registered]
+        return any(torch.equal(generator.get_state(), state) for state in states)
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, result in self.done:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # not a view, nor an argument changed in place
+
+
+@contextmanager
+def capturing(graph, stream):
+    with graph:
+        yield
+
+
+def in_the_place_of_cuda(monkeypatch):
+    """`torch.cuda`'s graphs and streams, as far as `fastgan.graph` uses them."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": Tape,
+        "graph": capturing,
+        "Stream": lambda device: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda chosen: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)

@@ -1,0 +1,91 @@
+"""torch.compile compiles once and whole, keeps what it compiled, and says where it cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from equality import Case, batches, make_step
+from fastgan.compiling import compiled, explained, no_recompiles
+from fastgan.errors import RunError
+from fastgan.step import Step
+
+CASE = Case(width=4, latent=6, batch=4)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_three_passes_are_compiled_and_nothing_again():
+    step = make_step(CASE, compile=True)
+    first, *rest = batches(CASE, 5)
+    step(first)
+    assert counters["stats"]["unique_graphs"] == 3  # G, D's objective, G's objective
+    assert not counters["graph_break"]
+    with no_recompiles(True):
+        for batch in rest:
+            step(batch)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_recompilation_in_the_loop_is_an_error():
+    double = compiled(lambda x: 2 * x)
+    double(torch.ones(3))
+    with (
+        pytest.raises(RunError, match="would compile again.*without --compile"),
+        no_recompiles(True),
+    ):
+        double(torch.ones(4))
+    with no_recompiles(False):
+        assert float(double(torch.ones(5))[0]) == 2
+
+
+class Breaks(Step):
+    """Planted: what a pass does hangs on a number that has to be read back."""
+
+    def _make(self, latents):
+        fake = super()._make(latents)
+        return fake if fake.mean() > 0 else -fake
+
+
+def test_a_graph_break_is_an_error_that_says_where():
+    step = make_step(CASE, kind=Breaks, compile=True)
+    wanted = "failed: Data-dep.*test_compiling.py.*_make; train without --compile"
+    with pytest.raises(RunError, match=wanted), explained():
+        step(next(batches(CASE, 1)))
+
+
+def test_a_limit_of_compilations_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    double = compiled(lambda x: 2 * x)
+    wanted = "limit of 2 compilations of one function is reached.*test_compiling.py.*--compile"
+    with pytest.raises(RunError, match=wanted), explained():
+        for size in range(2, 6):
+            double(torch.ones(size))
+
+
+COUNT = """
+import sys, torch
+from pathlib import Path
+from torch._dynamo.utils import counters
+from fastgan.compiling import compiled, keep_in
+keep_in(Path(sys.argv[1]))
+assert float(compiled(lambda x: 3 * x.exp())(torch.zeros(4))[0]) == 3
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_what_was_compiled_is_kept_for_the_next_run(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    command = [sys.executable, "-c", COUNT, str(tmp_path / "compiled")]
+    said = [subprocess.check_output(command, env=env, text=True).split() for _ in range(2)]
+    assert said == [["0", "1"], ["1", "0"]]
+    assert (tmp_path / "compiled").is_dir()

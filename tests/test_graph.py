@@ -1,0 +1,152 @@
+"""A captured step is the step: bit for bit, whatever is changed between two replays."""
+
+import pytest
+import torch
+
+from equality import Case, batches, make_step
+from fastgan.data.feed import Batch
+from fastgan.errors import RunError
+from fastgan.graph import Graphed, warm_up
+from fastgan.stats import Accumulator
+from fastgan.step import Step
+from tape import in_the_place_of_cuda
+
+CASE = Case(width=4, latent=6, batch=4)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = {
+    "fp32": {},
+    "two passes": {"one_pass": False},
+    "bf16": {"amp_dtype": torch.bfloat16},
+    "fp16": {"amp_dtype": torch.float16},
+    "kernels": {"impl": "triton"},
+    "kernels, bf16": {"impl": "triton", "amp_dtype": torch.bfloat16},
+    "kernels, fp16": {"impl": "triton", "amp_dtype": torch.float16},
+}
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    if DEVICE == "cpu":
+        in_the_place_of_cuda(monkeypatch)
+    else:  # the same algorithms in each run
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+class Loop:
+    """A step with its statistics, as the trainer has them."""
+
+    def __init__(self, kind=Step, **how):
+        torch.manual_seed(1)
+        self.step = make_step(CASE, kind=kind, with_ema=True, device=DEVICE, **how)
+        self.stats = Accumulator(self.step.device)
+        self.state = [*self.step.tensors(), self.stats.sums]
+
+    def advance(self, batch: Batch):
+        stats = self.step(batch)
+        self.stats.add(stats)
+        return stats
+
+    def graphed(self) -> Graphed:
+        """Captured; what the tape has done while recording is put back, as no graph does it."""
+        before, random = [t.clone() for t in self.state], self.step.random.get_state()
+        captured = Graphed(self.advance, first_batch(), self.state, self.step.random)
+        if DEVICE == "cpu":
+            for t, was in zip(self.state, before, strict=True):
+                t.copy_(was)
+            self.step.random.set_state(random)
+        return captured
+
+
+def first_batch():
+    return next(batches(CASE, 1, DEVICE))
+
+
+def same(a: Loop, b: Loop) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(a.state, b.state, strict=True)) and torch.equal(
+        a.step.random.get_state(), b.step.random.get_state()
+    )
+
+
+@pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
+def test_a_graphed_step_is_the_plain_step_bit_for_bit(how):
+    plain, graphed = Loop(**how), Loop(**how)
+    advance = graphed.graphed()
+    assert same(plain, graphed)  # the capture trained nothing and drew nothing
+    for count, batch in enumerate(batches(CASE, 4, DEVICE)):
+        if count == 2:  # a schedule, and a loss scale that overflows
+            for loop in (plain, graphed):
+                loop.step.d.adam.param_groups[0]["lr"].mul_(0.5)
+                loop.step.scale.scale.mul_(2.0**20)
+        expected, got = plain.advance(batch), advance(batch)
+        assert [float(x) for x in got] == [float(x) for x in expected]
+        assert same(plain, graphed), f"step {count}"
+    assert plain.stats.take() == graphed.stats.take()
+
+
+@pytest.mark.parametrize("how", [KINDS["fp32"], KINDS["kernels, fp16"]], ids=["fp32", "fp16"])
+def test_a_graph_goes_on_from_whatever_state_is_put_back(how):
+    loop = Loop(**how)
+    advance = loop.graphed()
+    first, second = batches(CASE, 2, DEVICE)
+    saved, random = [t.clone() for t in loop.state], loop.step.random.get_state()
+    advance(first), advance(second)
+    there, losses = [t.clone() for t in loop.state], loop.stats.take()
+    for t, was in zip(loop.state, saved, strict=True):
+        t.copy_(was)
+    loop.step.random.set_state(random)
+    advance(first), advance(second)
+    assert all(torch.equal(t, was) for t, was in zip(loop.state, there, strict=True))
+    assert loop.stats.take() == losses
+
+
+class CountsOnTheHost(Step):
+    """Planted: each step's latents are scaled by a number that Python counts."""
+
+    calls = 0
+
+    def draw_latents(self):
+        super().draw_latents()
+        self.calls += 1
+        self.latents.mul_(1 + self.calls)
+
+
+def test_a_number_that_the_host_keeps_is_seen(monkeypatch):
+    plain, graphed = Loop(kind=CountsOnTheHost), Loop(kind=CountsOnTheHost)
+    advance = graphed.graphed()
+    for batch in batches(CASE, 2, DEVICE):
+        plain.advance(batch), advance(batch)
+    assert not same(plain, graphed)
+
+
+@pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
+def test_a_warm_up_leaves_no_trace(how):
+    fresh, warm = Loop(**how), Loop(**how)
+    warm_up(warm.advance, first_batch(), warm.state, warm.step.random)
+    assert same(fresh, warm)
+    for batch in batches(CASE, 2, DEVICE):
+        fresh.advance(batch), warm.advance(batch)
+    assert same(fresh, warm)
+
+
+def test_a_warm_up_shows_what_is_missing_in_the_state():
+    """The check above can fail: without one of the tensors there is a trace."""
+    fresh, warm = Loop(), Loop()
+    left_out = warm.step.d.adam.state[next(warm.step.d.network.parameters())]["exp_avg"]
+    state = [t for t in warm.state if t.data_ptr() != left_out.data_ptr()]
+    assert len(state) == len(warm.state) - 1
+    warm_up(warm.advance, first_batch(), state, warm.step.random)
+    assert not same(fresh, warm)
+
+
+def test_a_failed_capture_names_the_flag(monkeypatch):
+    loop, calls = Loop(), []
+
+    def advance(batch):
+        calls.append(1)
+        if len(calls) > 3:  # not in the warm-up
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return loop.advance(batch)
+
+    with pytest.raises(RunError, match=r"could not be captured .*is capturing\).*--no-graph"):
+        Graphed(advance, first_batch(), loop.state, loop.step.random)
