@@ -135,6 +135,37 @@ def test_compiled_float64_equals_the_reference_after_20_steps():
     assert all(v <= FLOAT64_TOLERANCE for v in off.values()), off
 
 
+@pytest.mark.parametrize(
+    ("amp_dtype", "limits"),
+    [
+        (torch.bfloat16, BF16),
+        pytest.param(None, FLOAT32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, FP16, marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "fp32", "fp16"],
+)
+@pytest.mark.parametrize(
+    "how",
+    [{}, pytest.param({"one_pass": False}, marks=pytest.mark.slow)],
+    ids=["one pass", "two passes"],
+)
+def test_compiled_it_equals_the_reference_step_by_step(how, amp_dtype, limits):
+    torch._dynamo.reset()
+    step = make_step(CASE, amp_dtype=amp_dtype, compile=True, **how)
+    if amp_dtype == torch.float16:
+        step.scale.scale.fill_(1024.0)
+    within(teacher_forced(step, CASE), limits)
+
+
+@pytest.mark.parametrize("mistake", [Ungrouped, FakeFirst, EvalInG, StaleD])
+@pytest.mark.slow
+def test_compiled_a_planted_mistake_shows(mistake):
+    torch._dynamo.reset()
+    step = make_step(CASE, kind=mistake, amp_dtype=torch.bfloat16, compile=True)
+    with pytest.raises(AssertionError):
+        within(teacher_forced(step, CASE), BF16)
+
+
 @pytest.mark.parametrize("how", RIGHT.values(), ids=RIGHT)
 def test_float32_equals_the_reference_step_by_step(how):
     within(teacher_forced(make_step(CASE, **how), CASE), FLOAT32)
