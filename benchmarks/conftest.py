@@ -1,10 +1,11 @@
-"""The machine's ceiling once, every row into one record, and a table at the end."""
+"""The machine's ceilings once, every row into the record of its file, and the tables at the end."""
 
 from __future__ import annotations
 
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
@@ -13,11 +14,11 @@ import torch
 from fastgan.env import environment
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = pytest.StashKey[list[harness.Row]]()
-COPY = pytest.StashKey[float | None]()
+RECORDS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
+CEILINGS = pytest.StashKey[dict[str, float]]()
 SKIPPED = (
-    "not measured, for lack of an NVIDIA GPU: the Triton kernels, batches 128 and 1024, bfloat16 "
-    "and float16, torch.compile, CUDA graphs, share of the copy bandwidth; nothing is recorded"
+    "not measured, for lack of an NVIDIA GPU: the Triton kernels, bfloat16 and float16, large "
+    "batches, CUDA graphs, shares of the ceilings; nothing is recorded"
 )
 
 
@@ -28,8 +29,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
-    config.stash[COPY] = None
+    config.stash[RECORDS] = {}
+    config.stash[CEILINGS] = {}
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +40,18 @@ def device():
 
 @pytest.fixture(scope="session")
 def copy_gbps(device, pytestconfig):
-    """GB/s of a copy on the GPU; None on a CPU."""
+    """GB/s of a copy on the GPU, read and written; None on a CPU."""
     if device.type == "cuda":
-        pytestconfig.stash[COPY] = harness.copy_gbps(device)
-    return pytestconfig.stash[COPY]
+        pytestconfig.stash[CEILINGS]["copy_gbps"] = harness.copy_gbps(device)
+    return pytestconfig.stash[CEILINGS].get("copy_gbps")
+
+
+@pytest.fixture(scope="session")
+def matmul_tflops(device, pytestconfig):
+    """TFLOP/s of a large bfloat16 matrix product on the GPU; None on a CPU."""
+    if device.type == "cuda":
+        pytestconfig.stash[CEILINGS]["matmul_tflops"] = harness.matmul_tflops(device)
+    return pytestconfig.stash[CEILINGS].get("matmul_tflops")
 
 
 @pytest.fixture(scope="session")
@@ -52,40 +61,59 @@ def machine(device):
 
 
 @pytest.fixture
-def record(pytestconfig, device, machine, copy_gbps):
-    """A function that takes the rows of a test into the record; a GPU's are written at once, so
-    that a run which is cut short keeps what it has.
+def record_rows(request, pytestconfig, device, machine, copy_gbps, matmul_tflops):
+    """A function that takes a test's rows into the record NAME.json; a GPU's are written at once,
+    so that a run which is cut short keeps what it has.
     """
-    rows = pytestconfig.stash[ROWS]
 
-    def take(more):
-        rows.extend(more)
+    def take(name: str, rows: list[dict[str, Any]]) -> None:
+        taken = pytestconfig.stash[RECORDS].setdefault(name, [])
+        taken.extend({"test": request.node.name, **row} for row in rows)
         if device.type != "cuda":
             return
-        name = re.sub(r"\W+", "-", machine["gpu"]).lower()
         content = {
             "date": time.strftime("%Y-%m-%d"),
             "environment": machine,
-            "copy_gbps": copy_gbps,
-            "rows": [row.__dict__ for row in rows],
+            **pytestconfig.stash[CEILINGS],
+            "rows": taken,
         }
-        path = Path(pytestconfig.getoption("records")) / name / "kernels.json"
-        harness.write_record(path, content)
+        folder = re.sub(r"\W+", "-", machine["gpu"]).lower()
+        harness.write_record(
+            Path(pytestconfig.getoption("records")) / folder / f"{name}.json", content
+        )
 
     return take
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    write = terminalreporter.write_line
-    copy = config.stash[COPY]
-    terminalreporter.section("ms a call: median (10% .. 90%), GB/s, share of a copy, error")
-    for r in rows:
-        share = f"{r.share_of_copy:6.1%}" if r.share_of_copy is not None else "      "
-        write(
-            f"{r.op:<10} {r.case:<20} {r.dtype:<5} {r.variant:<26} {r.ms:9.4f} "
-            f"({r.low_ms:.4f} .. {r.high_ms:.4f}) {r.gbps:8.1f} {share} {r.error:.1e}"
-        )
-    write(f"a copy: {copy:,.0f} GB/s" if copy else SKIPPED)
+    for name, rows in config.stash[RECORDS].items():
+        terminalreporter.section(name)
+        for line in table(rows):
+            terminalreporter.write_line(line)
+    if ceilings := config.stash[CEILINGS]:
+        terminalreporter.write_line(", ".join(f"{k} {v:,.0f}" for k, v in ceilings.items()))
+    elif config.stash[RECORDS]:
+        terminalreporter.write_line(SKIPPED)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows in aligned columns; numbers with four digits, nothing for None."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "test"))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    texts = {c for c in columns if any(isinstance(row.get(c), str) for row in rows)}
+    return [
+        "  ".join(
+            cell.ljust(width) if column in texts else cell.rjust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,9 +1,13 @@
-"""Time variants of one operation so that none of them is flattered.
+"""Time variants of one thing so that none of them is flattered.
 
-On a GPU every variant is captured once as a CUDA graph that walks over several sets of buffers, of
-which no set is left in L2 when its turn comes again, and each set with outputs of its own. The
-graphs are replayed in turn, variant after variant, round after round; a time is the median of the
-rounds, with the tenth and ninetieth percentile beside it. On a CPU the same without a graph.
+Operations (`interleaved`): on a GPU every variant is captured once as a CUDA graph that walks over
+several sets of buffers, of which no set is left in L2 when its turn comes again, and each set with
+outputs of its own. The graphs are replayed in turn, variant after variant, round after round; a
+time is the median of the rounds, with the tenth and ninetieth percentile beside it. On a CPU the
+same without a graph.
+
+Whole steps (`interleaved_steps`), which write far more than a cache holds: a stretch of steps of
+each variant in turn, as the host launches them.
 """
 
 from __future__ import annotations
@@ -129,9 +133,78 @@ def _on_cpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
     return {name: _summary(t) for name, t in times.items()}
 
 
+def interleaved_steps(
+    variants: dict[str, Call], device: torch.device, stretch_s: float = 0.1, rounds: int = 9
+) -> dict[str, Time]:
+    """The time of one call of each variant, over stretches of at least `stretch_s` that the GPU
+    ends before the clock stops.
+    """
+    counts = {}
+    for name, call in variants.items():
+        _stretch_ms(call, WARM_UP, device)
+        counts[name] = max(1, round(1000 * stretch_s / _stretch_ms(call, WARM_UP, device)))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            times[name].append(_stretch_ms(call, counts[name], device))
+    return {name: _summary(t) for name, t in times.items()}
+
+
+def _stretch_ms(call: Call, count: int, device: torch.device) -> float:
+    """Milliseconds a call, of `count` in a row."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - begin) / count
+
+
 def _summary(times: list[float]) -> Time:
     tenths = statistics.quantiles(times, n=10)
     return Time(statistics.median(times), tenths[0], tenths[-1])
+
+
+def synchronised(call: Call) -> Call:
+    """What pytest-benchmark's own clock can time."""
+
+    def timed() -> None:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return timed
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes in use on the GPU; 0 on a CPU."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_mb(call: Call, before: int, device: torch.device) -> float | None:
+    """Megabytes at the peak of a call, beyond those in use `before` it was built; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """Kernels, copies and fills that one call has the GPU do; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    kinds = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == kinds for event in profile.events())
 
 
 def copy_gbps(device: torch.device) -> float:
@@ -141,6 +214,15 @@ def copy_gbps(device: torch.device) -> float:
     calls = [lambda t=t: t.copy_(source) for t in targets]
     ms = interleaved({"copy": calls}, device)["copy"].ms
     return 2 * source.numel() / ms / 1e6
+
+
+def matmul_tflops(device: torch.device) -> float:
+    """The rate of a large bfloat16 matrix product on the device: 8192 x 8192 x 8192."""
+    n = 8192
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    outputs = [torch.empty_like(a) for _ in range(2)]
+    calls = [lambda out=out: torch.mm(a, b, out=out) for out in outputs]
+    return 2 * n**3 / interleaved({"mm": calls}, device)["mm"].ms / 1e9
 
 
 def error_of(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -199,16 +281,15 @@ def measure(
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Write a record, with the rows of one that is there for all that was not measured again, if it
-    is of the same commit, a clean one, and of the same versions and card; else it is replaced.
+    """Write a record, with the rows of one that is there for all tests that were not run again, if
+    it is of the same commit, a clean one, and of the same versions and card; else it is replaced.
     """
     rows = content["rows"]
     if path.is_file():
         old = json.loads(path.read_text("utf-8"))
         was, now = ({k: c["environment"].get(k) for k in SAME} for c in (old, content))
         if was == now and now["commit"] and now["clean"]:
-            new = {(r["op"], r["case"], r["dtype"]) for r in rows}
-            kept = [r for r in old["rows"] if (r["op"], r["case"], r["dtype"]) not in new]
-            content = {**content, "rows": kept + rows}
+            new = {row["test"] for row in rows}
+            content = {**content, "rows": [r for r in old["rows"] if r["test"] not in new] + rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

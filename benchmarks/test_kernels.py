@@ -10,11 +10,12 @@ the table at the end shows all, and on a GPU they are recorded.
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import measure
+from harness import measure, synchronised
 from torch import Tensor
 
 from fastgan.models import Discriminator, Generator
@@ -66,7 +67,7 @@ def bn_act_variants(act):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_bn_act(layer, batch, dtype, device, copy_gbps, record, benchmark):
+def test_bn_act(layer, batch, dtype, device, copy_gbps, record_rows, benchmark):
     """Forward and backward of one layer: 3 and 5 passes over a tensor of its size."""
     torch._dynamo.reset()  # a limit on compilations must not end as an eager call
     channels, size, act = LAYERS[layer]
@@ -119,27 +120,16 @@ def test_bn_act(layer, batch, dtype, device, copy_gbps, record, benchmark):
         device,
         copy_gbps,
     )
-    record(rows)
+    record_rows("kernels", [asdict(row) for row in rows])
     first = next(iter(variants.values()))
     benchmark.extra_info |= {row.variant: row.ms for row in rows}
     benchmark.pedantic(synchronised(lambda: both_ways(first, 0)), rounds=20, warmup_rounds=2)
 
 
-def synchronised(call):
-    """What pytest-benchmark's own clock can time."""
-
-    def timed():
-        call()
-        if GPU:
-            torch.cuda.synchronize()
-
-    return timed
-
-
 @pytest.mark.parametrize("flips", [False, True], ids=["", "flip"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_gather_u8(batch, dtype, flips, device, copy_gbps, record, benchmark):
+def test_gather_u8(batch, dtype, flips, device, copy_gbps, record_rows, benchmark):
     torch._dynamo.reset()
     kind = DTYPES[dtype]
     count = 70_000 if GPU else 500  # FFHQ
@@ -171,7 +161,7 @@ def test_gather_u8(batch, dtype, flips, device, copy_gbps, record, benchmark):
         device,
         copy_gbps,
     )
-    record(rows)
+    record_rows("kernels", [asdict(row) for row in rows])
     first = next(iter(variants.values()))
     benchmark.extra_info |= {row.variant: row.ms for row in rows}
     benchmark.pedantic(synchronised(lambda: first(*arguments(0))), rounds=20, warmup_rounds=2)
@@ -217,7 +207,7 @@ class Followed:
 
 @pytest.mark.parametrize("extras", [False, True], ids=["", "copies"])
 @pytest.mark.parametrize("network", ["G", "D"])
-def test_adam_ema(network, extras, device, copy_gbps, record, benchmark):
+def test_adam_ema(network, extras, device, copy_gbps, record_rows, benchmark):
     """One step of a 64 px network: 28 bytes a parameter, and 10 for a bf16 copy and an average."""
     width = 64 if GPU else 8
     make = {"G": lambda: Generator(64, 100, width), "D": lambda: Discriminator(64, width)}[network]
@@ -261,7 +251,7 @@ def test_adam_ema(network, extras, device, copy_gbps, record, benchmark):
         device,
         copy_gbps,
     )
-    record(rows)
+    record_rows("kernels", [asdict(row) for row in rows])
     benchmark.extra_info |= {row.variant: row.ms for row in rows}
     first = made(next(iter(impls.values())), 0)
     benchmark.pedantic(synchronised(first), rounds=20, warmup_rounds=2)

@@ -110,6 +110,12 @@ class Reference:
         self.optimizerG = torch.optim.Adam(self.netG.parameters(), lr=lr, betas=(beta1, 0.999))
         self.noise = torch.Generator(self.device).manual_seed(seed)
 
+    def draw(self, count: int) -> torch.Tensor:
+        """Latents [count, nz, 1, 1] from N(0, 1)."""
+        return torch.randn(
+            count, self.nz, 1, 1, generator=self.noise, dtype=self.dtype, device=self.device
+        )
+
     def step(self, real: torch.Tensor) -> ReferenceStats:
         """One iteration on real images [B, 3, size, size] in [-1, 1]."""
         b_size = real.size(0)
@@ -121,9 +127,7 @@ class Reference:
         errD_real.backward()
         D_x = output.mean().item()
 
-        noise = torch.randn(
-            b_size, self.nz, 1, 1, generator=self.noise, dtype=self.dtype, device=self.device
-        )
+        noise = self.draw(b_size)
         fake = self.netG(noise)
         label.fill_(0.0)
         output = self.netD(fake.detach()).view(-1)

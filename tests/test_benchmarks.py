@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgan.models import Discriminator, Generator
+from fastgan.step import Step
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,20 +24,32 @@ def load(path):
     return module
 
 
-harness, tables = load(ROOT / "benchmarks/harness.py"), load(ROOT / "tools/kernel_tables.py")
+roofline = load(ROOT / "benchmarks/roofline.py")
+harness, tables = load(ROOT / "benchmarks/harness.py"), load(ROOT / "tools/report_benchmarks.py")
+contenders = load(ROOT / "benchmarks/contenders.py")
 CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the form for machines without a GPU")
-def test_the_kernel_benchmarks_run_without_a_gpu_and_say_what_is_left_out(tmp_path):
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ("kernels and (G1 or gather or adam)", ["G1 8x512x4x4", "gather_u8", "torch fused"]),
+        ("convs", ["D2", "G1"]),
+        ("step", ["reference, fp32", "PyTorch, channels-last, compiled", "fastgan, one pass"]),
+        ("train or growth", ["fastgan train", "share_of_step", "along"]),
+    ],
+)
+def test_the_benchmarks_run_without_a_gpu_and_say_what_is_left_out(which, words, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k",
-         "kernels and (G1 or gather or adam)", "-p", "no:cacheprovider", "--records", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ,
+        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k", which,
+         "-p", "no:cacheprovider", "--records", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("G1 8x512x4x4", "gather_u8", "torch fused", "for lack of an NVIDIA GPU"):
-        assert words in done.stdout, done.stdout
+    for word in (*words, "for lack of an NVIDIA GPU"):
+        assert word in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())  # a CPU's figures are no record
 
 
@@ -70,16 +85,66 @@ def test_times_are_those_of_the_variants():
     assert rows["fast"].gbps == pytest.approx(8000 / rows["fast"].ms / 1e6)
 
 
+def test_times_of_steps_are_those_of_the_contenders():
+    import time
+
+    times = harness.interleaved_steps(
+        {"slow": lambda: time.sleep(0.006), "fast": lambda: time.sleep(0.002)}, CPU, 0.02, 3
+    )
+    assert 6 <= times["slow"].ms < 12 and 2 <= times["fast"].ms < 6
+
+
+class Ungrouped(Step):
+    """Planted: real and fake are normalised by shared statistics."""
+
+    def _logits(self, images, groups):
+        return super()._logits(images, 1)
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_a_contender_that_is_wrong_is_refused(low, monkeypatch):
+    case = contenders.Case(32, 8, 16, 8)
+    data = contenders.Data(case, CPU, 50)
+    right = contenders.Ours(case, data, low=low)
+    assert 0 < contenders.check(right, case, data.real) < 0.36
+    monkeypatch.setattr(contenders, "Step", Ungrouped)
+    wrong = contenders.Ours(case, data, low=low)
+    with pytest.raises(AssertionError, match="D's gradient is off by"):
+        contenders.check(wrong, case, data.real)
+
+
+MACHINE = {"gpu": "A Card", "torch": "2.11", "triton": "3.6", "cuda": "13.0", "driver": "580"}
+
+
 def record(commit="a" * 40, ours=0.5):
-    common = {"op": "bn_act", "case": "G1", "dtype": "bf16", "share_of_copy": 0.86}
+    common = {"test": "G1", "op": "bn_act", "case": "G1", "dtype": "bf16", "share_of_copy": 0.86}
     rows = [
         {**common, "variant": "triton", "ms": ours},
         {**common, "variant": "eager", "ms": 1.0},
-        {**common, "case": "G2", "variant": "triton", "ms": 0.25},
+        {**common, "test": "G2", "case": "G2", "variant": "triton", "ms": 0.25},
     ]
-    machine = {"gpu": "A Card", "torch": "2.11", "triton": "3.6", "cuda": "13.0", "driver": "580"}
-    machine |= {"commit": commit, "clean": True}
-    return {"date": "2026-01-01", "environment": machine, "copy_gbps": 4300.0, "rows": rows}
+    machine = {**MACHINE, "commit": commit, "clean": True}
+    ceilings = {"copy_gbps": 4300.0, "matmul_tflops": 790.0}
+    return {"date": "2026-01-01", "environment": machine, **ceilings, "rows": rows}
+
+
+def step_record(ours=1.0):
+    variants = {"reference, fp32 (TF32)": 6.0, "PyTorch, bf16, graph": 2.0, "fastgan": ours}
+    rows = [
+        {
+            "test": "64", "case": tables.MAIN_CASE, "variant": name, "ms": ms,
+            "img_per_s": 128_000 / ms, "x_reference": 6.0 / ms, "x_strongest": 2.0 / ms,
+            "share_of_roofline": 0.42 / ms, "peak_mb": 300.0,
+        }
+        for name, ms in variants.items()
+    ]  # fmt: skip
+    wrong = {"test": "64", "case": tables.MAIN_CASE, "variant": "fastgan, fp16", "ms": None}
+    return {**record(), "rows": [*rows, {**wrong, "reason": "gradients are off by 1"}]}
+
+
+def train_record():
+    row = {"test": "t", "case": tables.MAIN_CASE, "variant": "fastgan train --amp"}
+    return {**record(), "rows": [{**row, "img_per_s": 126_000.0}]}
 
 
 def test_a_record_keeps_what_was_not_measured_again(tmp_path):
@@ -100,26 +165,65 @@ def test_a_record_keeps_what_was_not_measured_again(tmp_path):
         assert len(json.loads(path.read_text())["rows"]) == 2
 
 
-def test_the_table_says_what_the_record_says(tmp_path):
-    harness.write_record(tmp_path / "results" / "card" / "kernels.json", record())
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    arguments = ["--readme", readme, "--results", tmp_path / "results"]
+def report(root, *more):
+    tool = ROOT / "tools" / "report_benchmarks.py"
+    return subprocess.run([sys.executable, tool, "--root", root, *more]).returncode
 
-    def run(*more):
-        tool = ROOT / "tools" / "kernel_tables.py"
-        return subprocess.run([sys.executable, tool, *arguments, *more]).returncode
 
-    assert run("--check") == 1
-    assert run() == 0 and run("--check") == 0
-    text = readme.read_text()
+def test_tables_and_plots_say_what_the_records_say(tmp_path):
+    card = tmp_path / "benchmarks" / "results" / "a-card"
+    (tmp_path / "kernels").mkdir()
+    for path in (tmp_path / "README.md", tmp_path / "kernels" / "README.md"):
+        path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    for name, content in (
+        ("kernels", record()), ("step", step_record()), ("train", train_record())
+    ):  # fmt: skip
+        harness.write_record(card / f"{name}.json", content)
+    assert report(tmp_path, "--check") == 1
+    assert report(tmp_path) == 0 and report(tmp_path, "--check") == 0
+    text = (tmp_path / "kernels" / "README.md").read_text()
     assert "| bn_act | G1 | bf16 | 0.5000 | 86% | eager 2.00 |" in text
     assert "A Card" in text and "4,300 GB/s" in text and "old" not in text
     assert text.startswith("before") and text.endswith("after\n")
-    readme.write_text(text.replace("0.5000", "0.4000"))
-    assert run("--check") == 1
+    readme = tmp_path / "README.md"
+    text = readme.read_text()
+    for line in (
+        "| `fastgan train --amp` | 126,000 | | | |",
+        "| fastgan, the step alone | 128,000 | 6.00 | 2.00 | 42% |",
+        "| PyTorch, bf16, graph (the strongest) | 64,000 | 3.00 | 1.00 | 21% |",
+        "| reference, fp32 (TF32) | 21,333 | 1.00 | 0.33 | 7% |",
+    ):
+        assert line in text, text
+    assert (card / "step.png").is_file()
+    readme.write_text(text.replace("128,000", "148,000"))
+    assert report(tmp_path, "--check") == 1
+    assert report(tmp_path) == 0
+    harness.write_record(card / "step.json", {**step_record(0.9), "date": "2026-01-02"})
+    readme_now = readme.read_text()
+    assert report(tmp_path, "--check") == 1 and readme.read_text() == readme_now
+    assert report(tmp_path) == 0 and "142,222" in readme.read_text()
+    (card / "step.png").unlink()
+    assert report(tmp_path, "--check") == 1  # a plot belongs to its record
 
 
 def test_the_published_figures_are_those_of_the_records():
-    text = tables.README.read_text("utf-8")
-    assert tables.written(text, tables.RESULTS) == text
+    assert report(ROOT, "--check") == 0
+
+
+def test_the_roofline_is_the_work_of_the_step():
+    """The figures of the 64 px DCGAN, counted by hand: 1,137.3 M multiply-adds an image."""
+    assert roofline.flops() == 2 * 1_137_311_744
+    d, g = roofline.layers(64, 100, 64)
+    assert sum(x.macs for x in d) == 103_817_216 and sum(x.macs for x in g) == 104_628_224
+    assert roofline.parameters(d, d[1:-1]) == 2_765_568
+    assert roofline.parameters(g, g[:-1]) == 3_576_704
+    floor = roofline.floor_ms(128, 790, 4300)
+    assert 128_000 / floor == pytest.approx(305_874, abs=1)  # by bytes
+    assert roofline.floor_ms(1024, 790, 4300) == pytest.approx(2.9517, abs=1e-4)
+    for size in (32, 56, 64, 128, 256):
+        nets = Discriminator(size, 16), Generator(size, 20, 16)
+        counted = roofline.layers(size, 20, 16)
+        for net, convs, normed in zip(
+            nets, counted, (counted[0][1:-1], counted[1][:-1]), strict=True
+        ):
+            assert roofline.parameters(convs, normed) == sum(p.numel() for p in net.parameters())

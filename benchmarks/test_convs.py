@@ -1,0 +1,474 @@
+"""The ten convolutions of a 64 px DCGAN: cuDNN, plain matrix products where a layer is one, and the
+candidates of `conv4x4`.
+
+    pytest benchmarks --benchmark-only -k convs
+
+A test is one product of one geometry at one batch. A layer of D and the mirrored one of G share a
+geometry, a large map, a small map and a weight: what is forward in one is the input gradient of the
+other, the same call of cuDNN and the same kernel. Products are named as in `conv4x4`: fwd from the
+large map to the small one, dgrad back, wgrad; each row says what that is in which layer.
+
+Every variant is checked first, in its largest deviation relative to the largest value: against
+float64, on a GPU for the layers of stride 2 against cuDNN in float32 without TF32. What is wrong,
+or does not compile or launch, becomes a row with its reason and no time, and fails the test after
+the rows are recorded. Of a candidate the best of a few block configurations is taken, by a first
+timing, and timed again beside the others. Bytes are both maps and the weight once; operations those
+of the layer itself, without what padding adds to them.
+
+"4 channels", "8 channels": the image and its weight with zeros up to so many, filled in before.
+"+sums": a batch norm's sums beside the result. "+bn": the layer's input activated on the way in.
+cuDNN's weight gradients are stored in bfloat16, the candidates' in float32. G1's input gradient is
+no part of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import conv4x4
+import pytest
+import torch
+import torch.nn.functional as F
+from conv4x4 import Block
+from harness import Time, interleaved, sets_beyond_l2, synchronised
+from torch import Tensor
+from torch.backends import cudnn
+
+from fastgan_kernels._launch import INTERPRETED, triton
+
+GPU = torch.cuda.is_available()
+DTYPE, EXACT = (torch.bfloat16, torch.float32) if GPU else (torch.float32, torch.float64)
+CANDIDATES = torch.cuda.get_device_capability() >= (9, 0) if GPU else INTERPRETED
+SIZE, WIDTH = (64, 64) if GPU else (32, 16)
+# Edge of the large map, its channels, those of the small map.
+HALVING = {
+    "D1/G5": (SIZE, 3, WIDTH),
+    "D2/G4": (SIZE // 2, WIDTH, 2 * WIDTH),
+    "D3/G3": (SIZE // 4, 2 * WIDTH, 4 * WIDTH),
+    "D4/G2": (SIZE // 8, 4 * WIDTH, 8 * WIDTH),
+}
+# 4x4 pixels to one and back: channels of the small side.
+ENDS = {"D5": 1, "G1": 100}
+KINDS = ("fwd", "dgrad", "wgrad")
+BATCHES = [128, 256] if GPU else [2]  # 256: D's real and fake images in one pass
+LARGE = [1024] if GPU else []
+# Two roundings of bfloat16: some of PyTorch's products add up parts that are already rounded.
+LIMIT = 2**-7 if GPU else 1e-5
+SUMS_LIMIT = 1e-4  # float32 sums of up to a million values, of which none may be missing
+
+POINTER = [
+    Block(128, 128, 64, 8, 3),
+    Block(128, 128, 64, 4, 3),
+    Block(64, 128, 64, 4, 4),
+    Block(128, 64, 64, 4, 4),
+]
+TMA = [
+    Block(128, 128, 64, 8, 4),
+    Block(128, 128, 64, 4, 3),
+    Block(64, 128, 64, 4, 4),
+    Block(128, 64, 64, 4, 4),
+    Block(256, 128, 64, 8, 3),
+]
+WGRAD_POINTER = [*POINTER[:3], Block(64, 128, 64, 4, 4, programs=2)]
+WGRAD_TMA = [*TMA[:2], TMA[4], *(replace(b, programs=2) for b in TMA[1:3])]
+# At an image: 16 columns of dgrad, 48 or 64 rows of wgrad.
+NARROW = [Block(64, 64, 64, 4, 3), Block(128, 64, 64, 4, 3), Block(128, 64, 64, 8, 3)]
+WGRAD_NARROW = [
+    Block(64, 64, k, 4, 3, programs) for k, programs in ((64, 1), (128, 1), (64, 2), (128, 2))
+]
+INTERPRETED_ONE = Block(32, 32, 32, 4, 2)
+
+
+class Variant(NamedTuple):
+    """One way to compute a product."""
+
+    run: Callable[[int], Any]  # on set i of the buffers
+    seen: Callable[[Any], list[Tensor]]  # what it gave, laid out as what is expected
+    expected: Callable[[], list[Tensor]]
+
+
+class Family(NamedTuple):
+    """A candidate in several block configurations."""
+
+    name: str
+    blocks: list[Block]
+    make: Callable[..., Variant]  # of a block and a form's options
+    forms: dict[str, dict[str, bool]]  # by what is added to the name
+
+
+@pytest.fixture(autouse=True)
+def strongest_cudnn(monkeypatch):
+    """cuDNN's algorithm is the one that it measures as the fastest."""
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+
+def without_tf32():
+    return cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+
+
+def convolution(kind: str, large: Tensor, small: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """cuDNN's, of channels-last tensors: fwd, or one gradient of it, as autograd takes it."""
+    padding = [1, 1] if stride == 2 else [0, 0]
+    geometry = ([stride, stride], padding, [1, 1], False, [0, 0], 1)
+    if kind == "fwd":
+        return torch.ops.aten.convolution(large, weight, None, *geometry)
+    mask = [kind == "dgrad", kind == "wgrad", False]
+    backward = torch.ops.aten.convolution_backward
+    return backward(small, large, weight, None, *geometry, mask)[mask.index(True)]
+
+
+class Halving:
+    """A layer pair of kernel 4, stride 2, padding 1, and the ways to compute one product of it."""
+
+    def __init__(self, layer: str, kind: str, batch: int, device: torch.device) -> None:
+        self.edge, self.cl, self.cs = HALVING[layer]
+        self.kind, self.batch, self.device = kind, batch, device
+        self.maps = functools.cache(self._maps)
+        self.expected = functools.cache(self._expected)
+        channels = self.cs if kind == "dgrad" else self.cl
+        scale, shift = torch.rand(channels, device=device) + 0.5, torch.randn(channels) * 0.5
+        self.act = conv4x4.Act(scale, shift.to(device), 0.2)
+        maps = batch * self.edge**2 * (self.cl + self.cs / 4)
+        self.elements = int(maps) + 16 * self.cl * self.cs
+        self.operations = 2 * batch * (self.edge // 2) ** 2 * 16 * self.cl * self.cs
+
+    def _maps(self, i: int, channels: int) -> tuple[Tensor, ...]:
+        """L, S and W of set i; L and W with zeros up to `channels`."""
+        random = torch.Generator(self.device).manual_seed(i)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, device=self.device)
+
+        half, zeros = self.edge // 2, channels - self.cl
+        large = F.pad(normal(self.batch, self.edge, self.edge, self.cl), (0, zeros))
+        small = normal(self.batch, half, half, self.cs)
+        weight = F.pad(normal(4, 4, self.cl, self.cs) * 0.05, (0, 0, 0, zeros))
+        return large.to(DTYPE), small.to(DTYPE), weight.to(DTYPE)
+
+    def _expected(self, act: bool) -> list[Tensor]:
+        """The product on set 0 and the sums of a batch norm that follows it."""
+        large, small, weight = self.maps(0, self.cl)
+        if act and self.kind == "dgrad":
+            small = conv4x4.act_ref(small, self.act)
+        elif act:
+            large = conv4x4.act_ref(large, self.act)
+        large, small, weight = (t.to(EXACT) for t in (large, small, weight))
+        with without_tf32():
+            if self.kind == "wgrad":
+                return [conv4x4.wgrad_ref(large, small)]
+            if self.kind == "dgrad":
+                y = conv4x4.dgrad_ref(small, weight)
+            else:
+                y = conv4x4.fwd_ref(large, weight)
+        pixels = y.double().flatten(0, 2)
+        return [y, torch.stack([pixels.sum(0), pixels.square().sum(0)])]
+
+    def cudnn(self, channels: int) -> Variant:
+        @functools.cache
+        def operands(i: int) -> list[Tensor]:
+            large, small, weight = self.maps(i, channels)
+            weight = weight.permute(3, 0, 1, 2).contiguous()
+            return [t.permute(0, 3, 1, 2) for t in (large, small, weight)]
+
+        def seen(y: Tensor) -> list[Tensor]:
+            if self.kind == "wgrad":
+                return [y.permute(2, 3, 1, 0)[:, :, : self.cl]]
+            return [y.permute(0, 2, 3, 1)[..., : self.expected(False)[0].shape[-1]]]
+
+        return Variant(
+            lambda i: convolution(self.kind, *operands(i), stride=2),
+            seen,
+            lambda: self.expected(False),
+        )
+
+    def candidate(self, form: str, channels: int, block: Block, **options: bool) -> Variant:
+        """conv_<kind><form> with `sums` and `act` as given."""
+        function = getattr(conv4x4, f"conv_{self.kind}{form}")
+        act = options.pop("act", False)
+        more = {**options, "act": self.act} if act else options
+
+        def run(i: int) -> Any:
+            large, small, weight = self.maps(i, channels)
+            operands = {"fwd": (large, weight), "dgrad": (small, weight), "wgrad": (large, small)}
+            return function(*operands[self.kind], block, **more)
+
+        def seen(result: Any) -> list[Tensor]:
+            if self.kind == "wgrad":
+                return [result[:, :, : self.cl]]
+            y, partial = result
+            sums = [] if partial is None else [partial.double().sum(0)]
+            return [y[..., : self.cl] if self.kind == "dgrad" else y, *sums]
+
+        return Variant(run, seen, lambda: self.expected(act))
+
+    def fixed(self) -> dict[str, Variant]:
+        widths = {"": self.cl} | ({", 4 channels": 4, ", 8 channels": 8} if self.cl == 3 else {})
+        return {f"cudnn{name}": self.cudnn(channels) for name, channels in widths.items()}
+
+    def families(self) -> list[Family]:
+        if not CANDIDATES:
+            return []
+        wgrad, bn, sums = self.kind == "wgrad", {"act": True}, {"sums": True}
+        if self.cl == 3:
+            forms = {"+bn": bn} if self.kind == "dgrad" else {}
+            return [
+                self.family("triton", "", 3, forms),
+                self.family("triton, 4 channels", "", 4, forms),
+            ]
+        forms = {"+bn": bn} if wgrad else {"+sums": sums, "+bn+sums": bn | sums}
+        return [
+            self.family("triton", "", self.cl, forms),
+            self.family("triton tma", "_tma", self.cl, {} if wgrad else {"+sums": sums}),
+        ]
+
+    def family(self, name: str, form: str, channels: int, forms: dict[str, Any]) -> Family:
+        """Over the blocks to try, cut to the channels that there are."""
+        wgrad = self.kind == "wgrad"
+        if not GPU:
+            blocks = [INTERPRETED_ONE]
+        elif channels <= 4:
+            blocks = WGRAD_NARROW if wgrad else NARROW
+        elif form:
+            blocks = WGRAD_TMA if wgrad else TMA
+        else:
+            blocks = WGRAD_POINTER if wgrad else POINTER
+        n = max(16, channels) if self.kind == "dgrad" else self.cs
+        m = channels if form and wgrad else math.inf  # of one tap
+        within = channels if form else math.gcd(16 * channels, 64)
+        k = {"fwd": within, "dgrad": self.cs, "wgrad": math.inf}[self.kind]
+        cut = [replace(b, m=min(b.m, m), n=min(b.n, n), k=min(b.k, k)) for b in blocks]
+        make = functools.partial(self.candidate, form, channels)
+        return Family(name, list(dict.fromkeys(cut)), make, forms)
+
+
+class End:
+    """D5 or G1: between 4 x 4 pixels of the widest map and one, which is a matrix product
+    [B, 16 * CL] by [16 * CL, CS], too.
+    """
+
+    def __init__(self, layer: str, kind: str, batch: int, device: torch.device) -> None:
+        self.kind, self.batch, self.cs, self.device = kind, batch, ENDS[layer], device
+        self.length = 16 * 8 * WIDTH
+        self.maps = functools.cache(self._maps)
+        self.expected = functools.cache(self._expected)
+        self.elements = batch * (self.length + self.cs) + self.length * self.cs
+        self.operations = 2 * batch * self.length * self.cs
+
+    def _maps(self, i: int) -> tuple[Tensor, ...]:
+        """Large map [B, 16 * CL] over (y, x, cl), small map [B, CS], weight [CS, 16 * CL]; the
+        small map again, in rows that begin at a multiple of 16 bytes.
+        """
+        random = torch.Generator(self.device).manual_seed(i)
+        large, small, weight = (
+            torch.randn(*shape, generator=random, device=self.device).to(DTYPE)
+            for shape in ((self.batch, self.length), (self.batch, self.cs), (self.cs, self.length))
+        )
+        aligned = small.new_empty(self.batch, -(-self.cs // 8) * 8)[:, : self.cs].copy_(small)
+        return large, small, weight, aligned
+
+    def _expected(self) -> list[Tensor]:
+        return [product(self.kind, *(t.double() for t in self.maps(0)))]
+
+    def variant(self, call: Callable[..., Tensor]) -> Variant:
+        return Variant(
+            lambda i: call(*self.maps(i)),
+            lambda y: [y.reshape(self.expected()[0].shape)],
+            self.expected,
+        )
+
+    def convolved(self, large: Tensor, small: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+        def pixels(t: Tensor) -> Tensor:
+            return t.view(len(t), 4, 4, -1).permute(0, 3, 1, 2)
+
+        y = convolution(self.kind, pixels(large), small[:, :, None, None], pixels(weight), stride=1)
+        return y.permute(0, 2, 3, 1)
+
+    def fixed(self) -> dict[str, Variant]:
+        calls = {"cudnn": self.convolved, "matmul": functools.partial(product, self.kind)}
+        if self.cs == 1:
+            calls |= {
+                "fwd": {"mv": lambda large, small, weight, _: torch.mv(large, weight[0])},
+                "dgrad": {"broadcast": lambda large, small, weight, _: small * weight},
+                "wgrad": {"mv": lambda large, small, weight, _: torch.mv(large.t(), small[:, 0])},
+            }[self.kind]
+        else:
+            calls["matmul, aligned rows"] = functools.partial(product_aligned, self.kind)
+        return {name: self.variant(call) for name, call in calls.items()}
+
+    def families(self) -> list[Family]:
+        return []
+
+
+def product(kind: str, large: Tensor, small: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    if kind == "fwd":
+        return large @ weight.t()
+    return small @ weight if kind == "dgrad" else small.t() @ large
+
+
+def product_aligned(
+    kind: str, large: Tensor, small: Tensor, weight: Tensor, aligned: Tensor
+) -> Tensor:
+    """With rows of the small map, read or written, that begin at a multiple of 16 bytes."""
+    if kind != "fwd":
+        return product(kind, large, aligned, weight, small)
+    y = large.new_empty(len(large), aligned.stride(0))[:, : aligned.shape[1]]
+    return torch.mm(large, weight.t(), out=y)
+
+
+def meaning(layer: str, kind: str) -> str:
+    """What a product is in the layers that share it."""
+    network = {"fwd": "D", "dgrad": "G", "wgrad": ""}[kind]  # that goes forward by it
+    backward = "input gradient" if network else "weight gradient"
+    return ", ".join(
+        f"{name} {'forward' if name[0] == network else backward}" for name in layer.split("/")
+    )
+
+
+def deviation(got: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value; infinite where one is not finite."""
+    if got.shape != expected.shape:
+        raise ValueError(f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    largest = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return float(largest) if largest.isfinite() else math.inf
+
+
+def checked(name: str, variant: Variant) -> dict[str, Any]:
+    """A row with its error and, where it must not be timed, the reason."""
+    row: dict[str, Any] = {"variant": name, "error": None, "reason": None, "tried_ms": None}
+    expected = variant.expected()
+    try:
+        got = variant.seen(variant.run(0))
+        errors = [deviation(*pair) for pair in zip(got, expected, strict=False)]  # sums or not
+    except torch.AcceleratorError as e:
+        pytest.exit(f"{name}: {e}: the GPU's context is lost, nothing more can be measured")
+    except Exception as e:  # whatever a compiler and a driver raise
+        row["reason"] = f"{type(e).__name__}: {str(e).strip()[-300:]}"
+        return row
+    row["error"] = errors[0]
+    for what, error, limit in zip(("result", "sums"), errors, (LIMIT, SUMS_LIMIT), strict=False):
+        if not error <= limit:
+            row["reason"] = f"{what} off by {error:.1e}, over {limit:.1e}"
+    return row
+
+
+def compile_ahead(variants: Iterable[Variant]) -> None:
+    """Compile what the variants launch, a kernel a core, before the first of them has to wait. What
+    does not compile says so again where it is launched.
+    """
+
+    def only_compile(kernel: Any, grid: Any, *args: Any, device: torch.device, **options: Any):
+        kernel.warmup(*args, grid=grid, **options)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(conv4x4, "launch", only_compile)
+        for variant in variants:
+            with contextlib.suppress(Exception):
+                variant.run(0)
+
+
+class Comparison:
+    """The rows of one product: what is right is timed together."""
+
+    def __init__(self, problem: Halving | End, device: torch.device) -> None:
+        self.sets = sets_beyond_l2(problem.elements * DTYPE.itemsize, device)
+        self.device = device
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.timed = self.right(problem.fixed())
+        for family in problem.families():
+            self.add(family)
+
+    def right(self, variants: dict[str, Variant]) -> dict[str, Variant]:
+        """Those that pass their check, of which each becomes a row."""
+        self.rows |= {name: checked(name, variant) for name, variant in variants.items()}
+        return {n: variant for n, variant in variants.items() if self.rows[n]["reason"] is None}
+
+    def times(self, variants: dict[str, Variant]) -> dict[str, Time]:
+        sets = range(self.sets)
+        calls = {n: [functools.partial(v.run, i) for i in sets] for n, v in variants.items()}
+        return interleaved(calls, self.device)
+
+    def add(self, family: Family) -> None:
+        """The best block, and it alone with what else the candidate can do; in the interpreter
+        they are checked and not timed.
+        """
+        blocks = {f"{family.name} {block}": block for block in family.blocks}
+        made = {name: family.make(block) for name, block in blocks.items()}
+        if GPU:
+            compile_ahead(made.values())
+        good = self.right(made)
+        if not good:
+            return
+        tried = {name: t.ms for name, t in self.times(good).items()} if GPU else {}
+        best = min(good, key=lambda name: tried.get(name, 0.0))
+        self.rows = {n: row for n, row in self.rows.items() if n == best or n not in good}
+        self.rows[best]["tried_ms"] = tried or None
+        forms = {}
+        for form, options in family.forms.items():
+            block = with_act(blocks[best]) if "act" in options else blocks[best]
+            forms[f"{family.name}{form} {block}"] = family.make(block, **options)
+        if GPU:
+            compile_ahead(forms.values())
+        more = {best: good[best]} | self.right(forms)
+        if GPU:
+            self.timed |= more
+
+    def finished(self) -> list[dict[str, Any]]:
+        found = self.times(self.timed)
+        nothing = dict.fromkeys(("ms", "low_ms", "high_ms"))
+        return [row | (asdict(found[n]) if n in found else nothing) for n, row in self.rows.items()]
+
+
+def with_act(block: Block) -> Block:
+    """Activations in a tile of this size are more than four warps have registers for."""
+    return replace(block, warps=8) if block.m * block.n >= 128 * 128 else block
+
+
+def cases() -> list[Any]:
+    layers = [(layer, b) for layer in (*HALVING, *ENDS) for b in BATCHES]
+    layers += [(layer, b) for layer in HALVING if layer != "D1/G5" for b in LARGE]
+    return [
+        pytest.param(layer, kind, b, id=f"{layer.replace('/', '-')} {kind} {b}")
+        for layer, b in layers
+        for kind in KINDS
+    ]
+
+
+@pytest.mark.parametrize(("layer", "kind", "batch"), cases())
+def test_convs(layer, kind, batch, device, copy_gbps, matmul_tflops, record_rows, benchmark):
+    problem = (Halving if layer in HALVING else End)(layer, kind, batch, device)
+    rows = Comparison(problem, device).finished()
+    if GPU:
+        gc.collect()
+        torch.cuda.empty_cache()
+    nbytes = problem.elements * DTYPE.itemsize
+    of = {"layer": layer, "direction": f"{kind}: {meaning(layer, kind)}", "batch": batch}
+    of["dtype"] = str(DTYPE).removeprefix("torch.")
+    for i, row in enumerate(rows):
+        tflops = problem.operations / row["ms"] / 1e9 if row["ms"] else None
+        checks = {key: row.pop(key) for key in ("error", "reason", "tried_ms")}
+        rows[i] = {
+            **of,
+            **row,
+            "tflops": tflops,
+            "share_of_peak": tflops / matmul_tflops if tflops and matmul_tflops else None,
+            "floor_ms": nbytes / copy_gbps / 1e6 if copy_gbps else None,
+            **checks,
+        }
+    record_rows("convs", rows)
+    first = next(iter(problem.fixed().values()))
+    benchmark.extra_info |= {row["variant"]: row["ms"] for row in rows}
+    benchmark.pedantic(synchronised(lambda: first.run(0)), rounds=20, warmup_rounds=2)
+    wrong = {row["variant"]: row["reason"] for row in rows if row["reason"]}
+    assert not wrong, f"without a time: {wrong}"

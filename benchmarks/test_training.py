@@ -1,0 +1,73 @@
+"""The real loop, by the command line: what a user gets of the step's speed.
+
+pytest benchmarks --benchmark-only -k train
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import harness
+import pytest
+import torch
+
+from fastgan.cli import main
+from fastgan.config import TrainConfig
+from fastgan.data.prepare import prepare
+from fastgan.modes import pick_modes
+from fastgan.trainer import Trainer
+
+GPU = torch.cuda.is_available()
+SHAPES = {"64 px, batch 128": {"data": "faces:20000", "size": 64, "batch": 128}}
+SHAPES |= {"64 px, batch 1024": {"data": "faces:20000", "size": 64, "batch": 1024}}
+if not GPU:
+    SHAPES = {"32 px, batch 8": {"data": "faces:64", "size": 32, "batch": 8, "width": 8}}
+WAYS = {"--amp --compile": {"amp": True, "compile": True}, "--amp": {"amp": True}}
+if not GPU:
+    WAYS = {"": {}}
+KIMG = 1500 if GPU else 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_train(shape, way, device, record_rows, benchmark, tmp_path, monkeypatch):
+    """Images a second: of the loop in its ticks, of the whole run, and of the step alone."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
+    options = SHAPES[shape] | WAYS[way]
+    config = TrainConfig(**options, kimg=KIMG)
+    cache = prepare(config.data, config.size)
+    flags = [f"--data={cache.path}", f"--kimg={KIMG}", f"--out={tmp_path}"]
+    flags += [f"--{k}={v}" for k, v in options.items() if k in ("size", "batch", "width")]
+
+    def alone() -> float:
+        """Milliseconds of the trainer's own step, on one batch."""
+        trainer = Trainer(config, cache, pick_modes(config))
+        trainer.warm_up()
+        batch = trainer.feed.next()
+        return harness.interleaved_steps({"": lambda: trainer.advance(batch)}, device)[""].ms
+
+    before = alone()
+    code = benchmark.pedantic(main, args=(["train", *flags, *way.split()],), rounds=1)
+    assert code == 0
+    (run,) = tmp_path.glob("0*")
+    ms = statistics.mean([before, alone()])
+    ticks = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    rate = statistics.median(tick["img_per_s"] for tick in ticks[len(ticks) // 4 :])
+    step = 1000 * config.batch / ms
+    record_rows(
+        "train",
+        [
+            {
+                "case": shape,
+                "variant": f"fastgan train {way}".strip(),
+                "img_per_s": rate,
+                "step_img_per_s": step,
+                "share_of_step": rate / step,
+                "whole_run_img_per_s": 1000 * ticks[-1]["kimg"] / ticks[-1]["elapsed_s"],
+                "peak_mb": (ticks[-1]["gpu_memory_bytes"] or 0) / 1e6 or None,
+            }
+        ],
+    )
+    benchmark.extra_info["img_per_s"] = rate
