@@ -61,6 +61,16 @@ def machine(device):
 
 
 @pytest.fixture
+def compile_anew():
+    """torch.compile without what earlier tests compiled, and room for networks of many kinds in the
+    same functions.
+    """
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=100):
+        yield
+
+
+@pytest.fixture
 def record_rows(request, pytestconfig, device, machine, copy_gbps, matmul_tflops):
     """A function that takes a test's rows into the record NAME.json; a GPU's are written at once,
     so that a run which is cut short keeps what it has.

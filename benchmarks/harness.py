@@ -81,7 +81,7 @@ def _on_gpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
             ms = _replay_ms(graph) / count
             if i >= WARM_UP:
                 times[name].append(ms)
-    return {name: _summary(t) for name, t in times.items()}
+    return {name: summary(t) for name, t in times.items()}
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
@@ -130,7 +130,7 @@ def _on_cpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
                 call()
             if i >= WARM_UP:
                 times[name].append(1000 * (time.perf_counter() - begin) / len(calls))
-    return {name: _summary(t) for name, t in times.items()}
+    return {name: summary(t) for name, t in times.items()}
 
 
 def interleaved_steps(
@@ -147,7 +147,7 @@ def interleaved_steps(
     for _ in range(rounds):
         for name, call in variants.items():
             times[name].append(_stretch_ms(call, counts[name], device))
-    return {name: _summary(t) for name, t in times.items()}
+    return {name: summary(t) for name, t in times.items()}
 
 
 def _stretch_ms(call: Call, count: int, device: torch.device) -> float:
@@ -162,7 +162,8 @@ def _stretch_ms(call: Call, count: int, device: torch.device) -> float:
     return 1000 * (time.perf_counter() - begin) / count
 
 
-def _summary(times: list[float]) -> Time:
+def summary(times: list[float]) -> Time:
+    """Median, tenth and ninetieth percentile."""
     tenths = statistics.quantiles(times, n=10)
     return Time(statistics.median(times), tenths[0], tenths[-1])
 

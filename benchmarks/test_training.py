@@ -29,23 +29,23 @@ if not GPU:
 KIMG = 1500 if GPU else 1
 
 
+@pytest.mark.usefixtures("compile_anew")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_train(shape, way, device, record_rows, benchmark, tmp_path, monkeypatch):
+def test_train(shape, way, device, record_rows, benchmark, tmp_path):
     """Images a second: of the loop in its ticks, of the whole run, and of the step alone."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
     options = SHAPES[shape] | WAYS[way]
     config = TrainConfig(**options, kimg=KIMG)
     cache = prepare(config.data, config.size)
     flags = [f"--data={cache.path}", f"--kimg={KIMG}", f"--out={tmp_path}"]
     flags += [f"--{k}={v}" for k, v in options.items() if k in ("size", "batch", "width")]
 
+    trainer = Trainer(config, cache, pick_modes(config))
+    trainer.warm_up()
+    batch = trainer.feed.next()
+
     def alone() -> float:
         """Milliseconds of the trainer's own step, on one batch."""
-        trainer = Trainer(config, cache, pick_modes(config))
-        trainer.warm_up()
-        batch = trainer.feed.next()
         return harness.interleaved_steps({"": lambda: trainer.advance(batch)}, device)[""].ms
 
     before = alone()

@@ -63,8 +63,8 @@ def test_a_graph_break_is_an_error_that_says_where():
         step(next(batches(CASE, 1)))
 
 
-def test_a_limit_of_compilations_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_a_limit_of_compilations_is_an_error():
     double = compiled(lambda x: 2 * x)
     wanted = "limit of 2 compilations of one function is reached.*test_compiling.py.*--compile"
     with pytest.raises(RunError, match=wanted), explained():

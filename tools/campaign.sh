@@ -4,8 +4,8 @@
 #
 #   tools/campaign.sh OUT [FOLDER OF IMAGES]
 #
-#   ONLY="convs step"   these sections alone, each with nine minutes of its own; "sweep" and "slow"
-#                       run only when they are named
+#   ONLY="convs step"   these sections alone, each with all of the time that is left; "native" (the
+#                       kernels' tests on the GPU), "slow" and "sweep" run only when they are named
 #   SECONDS_IN_ALL=540  what all together may take: a section gets its share, and what is left over
 #
 # Runs from the tree, installed or not, on a machine without a GPU in small, goes on after a section
@@ -13,8 +13,8 @@
 # summary.txt; OUT/campaign.tar has all but checkpoints, and at most 16 MB. FASTGAN_COMMIT names the
 # commit of a copy without git. The records go to benchmarks/results by hand.
 set -uo pipefail
-sections="info convs step tests train kernels profile run growth"
-named="sweep slow"
+sections="info convs step graph tests train kernels profile run growth data"
+named="native slow sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -34,9 +34,11 @@ export PYTHONPATH=.:kernels:benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export FASTGAN_CACHE=${FASTGAN_CACHE:-$out/cache}
 "$python" -c 'import torch, fastgan' 2>"$out/import.log" || die "fastgan cannot be imported by $python: $(tail -1 "$out/import.log")"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
-bench="$python -m pytest benchmarks --benchmark-only -p no:cacheprovider --timeout 0 --records $out/results"
+pytest=("$python" -m pytest -p no:cacheprovider -q)
+bench=("$python" -m pytest benchmarks --benchmark-only -p no:cacheprovider --timeout 0
+  --records "$out/results" -k)
 
-section() { # name, its share of the seconds in all, command ...
+section() { # name, its share of the seconds in hundredths, command ...
   local name=$1 share=$2 began=$SECONDS limit
   shift 2
   if [ -n "${ONLY:-}" ]; then
@@ -46,8 +48,8 @@ section() { # name, its share of the seconds in all, command ...
   fi
   # what sections before have not used is there for this one; 15 s are kept for the end
   spent_shares=$((spent_shares + share))
-  limit=$((in_all * spent_shares / 100 - 15 - SECONDS))
-  [ -z "${ONLY:-}" ] || limit=$((in_all - 15))
+  limit=$(((in_all - 15) * spent_shares / 100 - SECONDS))
+  [ -z "${ONLY:-}" ] || limit=$((in_all - 15 - SECONDS))
   if [ $limit -lt 5 ]; then
     echo "FAILED  $name: no time was left for it"
     return 0
@@ -60,25 +62,35 @@ section() { # name, its share of the seconds in all, command ...
   esac
 }
 
+train_a_minute() { # SIGTERM ends it with a checkpoint and a grid
+  timeout -s TERM 60 "$python" -m fastgan train --data "$data" --amp --compile --out "$out/runs" "$@"
+  grep -qE '"status": "(done|preempted)"' "$out"/runs/0*/run.json
+}
+export -f train_a_minute
+export python out data
+
 spent_shares=0
-small=
-[ "$gpu" = 1 ] || small="--size 32 --width 8 --batch 8"
-train="$python -m fastgan train --data $data --amp --compile --out $out/runs --grid 64"
-length="--kimg 8000 --batch 128" # about a minute at the speed that is aimed at; cut off by a signal
-[ "$gpu" = 1 ] || length="--data faces:64 --kimg 0.5 $small"
+small=() train="train and 128 and compile" kernels="kernels and (bf16 or adam)"
+length=(--kimg 8000 --batch 128) # a minute at the speed that is aimed at, and longer below it
+if [ "$gpu" != 1 ]; then
+  small=(--size 32 --width 8 --batch 8) train=train kernels=kernels
+  data=faces:64 length=(--kimg 0.5 "${small[@]}")
+fi
 {
-  section info 2 "$python" -m fastgan info
-  section convs 18 $bench -k convs
-  section step 30 $bench -k step
-  section tests 16 "$python" -m pytest -m "gpu and not slow" tests -p no:cacheprovider -q
-  section train 10 $bench -k "train and (compile or 8-)"
-  section kernels 10 $bench -k "kernels and (bf16 or fp32) and (128 or 8 or adam)"
-  section profile 4 "$python" tools/profile_step.py "$out/profile.json" $small
-  # a minute of training: SIGTERM ends it with a grid and exit code 143, which is what is wanted
-  section run 8 bash -c "timeout -s TERM 60 $train $length; [[ \$? =~ ^(0|124|143)\$ ]] && ls $out/runs/0*/samples/fake-* >/dev/null"
-  section growth 2 $bench -k growth
+  section info 4 "$python" -m fastgan info
+  section convs 17 "${bench[@]}" convs
+  section step 28 "${bench[@]}" step
+  section graph 3 "${pytest[@]}" tests/test_graph.py
+  section tests 12 "${pytest[@]}" -m "gpu and not slow" tests
+  section train 9 "${bench[@]}" "$train"
+  section kernels 8 "${bench[@]}" "$kernels"
+  section profile 4 "$python" tools/profile_step.py "$out/profile.json" "${small[@]}"
+  section run 13 bash -c 'train_a_minute "$@"' - "${length[@]}"
+  section growth 1 "${bench[@]}" growth
+  section data 1 "${bench[@]}" data
+  section native 0 "${pytest[@]}" tests/kernels tests/test_step.py tests/test_conv4x4.py
+  section slow 0 "${pytest[@]}" -m slow tests
   section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"
-  section slow 0 "$python" -m pytest -m slow tests -p no:cacheprovider -q
 } | tee "$out/summary.txt"
 "$python" - "$out" <<'PY' | tee -a "$out/summary.txt"
 import json, statistics, sys
