@@ -5,6 +5,7 @@ recompilation in the loop are errors that say where.
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,13 +31,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def keep_in(folder: Path) -> None:
     """Have compiled code kept in `folder`, so that the next run finds it: PyTorch's own place is
-    emptied at a reboot. TORCHINDUCTOR_CACHE_DIR, where it names another one, goes first.
+    emptied at a reboot. TORCHINDUCTOR_CACHE_DIR, where it names another one, goes first; and a path
+    with a space in it stays unused, which PyTorch hands to the compiler in two pieces.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     theirs = os.path.abspath(default_cache_dir())  # which PyTorch writes into the environment
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", theirs) == theirs:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(folder)
+    ours = os.path.abspath(folder)
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", theirs) == theirs and not re.search(r"\s", ours):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = ours
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from equality import Case, batches, make_step
-from fastgan.compiling import compiled, explained, no_recompiles
+from fastgan.compiling import compiled, explained, keep_in, no_recompiles
 from fastgan.errors import RunError
 from fastgan.step import Step
 
@@ -89,3 +89,15 @@ def test_what_was_compiled_is_kept_for_the_next_run(tmp_path):
     said = [subprocess.check_output(command, env=env, text=True).split() for _ in range(2)]
     assert said == [["0", "1"], ["1", "0"]]
     assert (tmp_path / "compiled").is_dir()
+
+
+def test_where_compiled_code_is_kept(tmp_path, monkeypatch):
+    kept = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.delenv(kept, raising=False)
+    keep_in(tmp_path / "a b")  # which PyTorch could not compile in
+    assert kept not in os.environ
+    keep_in(tmp_path / "ab")
+    assert os.environ[kept] == str(tmp_path / "ab")
+    monkeypatch.setenv(kept, "/elsewhere")  # the user's own
+    keep_in(tmp_path / "ab")
+    assert os.environ[kept] == "/elsewhere"
