@@ -141,11 +141,14 @@ def pick_compile(device: torch.device) -> tuple[bool, str]:
     """Whether `--compile` can compile on `device`."""
     if device.type == "cuda":
         lack = missing_for_triton()
-        return not lack, f"off: needs {lack}" if lack else "on: G and both objectives of D"
+        return not lack, f"off: needs {lack}" if lack else "on: G, and D with each of the losses"
     lack = missing(("a C++ compiler (g++)", cxx_compiler()), (HEADERS, python_headers()))
     if lack:
         return False, f"off: torch.compile on a CPU needs {lack}"
-    return True, "on: G and both objectives of D, in C++ (on a CPU seldom faster than without)"
+    return (
+        True,
+        "on: G, and D with each of the losses, in C++ (on a CPU seldom faster than without)",
+    )
 
 
 def pick_graph(wanted: bool, device: torch.device) -> tuple[bool, str]:

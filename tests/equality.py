@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.data.feed import Batch
+from fastgan.graph import Graphed
 from fastgan.models import Discriminator, Generator
 from fastgan.optim import MOMENTS, Ema, Trained
 from fastgan.reference import Reference
-from fastgan.step import Step
-from fastgan_kernels import Adam
+from fastgan.step import Step, StepStats
 
 STEPS = 20
 SEED = 7
@@ -163,8 +163,9 @@ class Errors:
         return self.worst[kind][0]
 
 
-def teacher_forced(step: Step, case: Case, steps: int = STEPS) -> Errors:
-    """One step at a time from the reference's float64 state; what differs in each.
+def teacher_forced(step: Step, case: Case, steps: int = STEPS, graphed: bool = False) -> Errors:
+    """One step at a time from the reference's float64 state, as a CUDA graph if `graphed`; what
+    differs in each.
 
     Kinds: `d_grad`, `g_grad`: L2(difference) / L2(gradient) over a network, as Adam gets the
     gradients; `mean`, `var`: the largest difference of a running mean in running standard
@@ -178,19 +179,19 @@ def teacher_forced(step: Step, case: Case, steps: int = STEPS) -> Errors:
         step.latents.copy_(exact.normal_(generator=step.random))
 
     step.draw_latents = draw_latents  # type: ignore[method-assign]
-    ours, theirs = (
-        _watch(step.d.adam, step.g.adam),
-        _watch(reference.optimizerD, reference.optimizerG),
-    )
+    advance: Callable[[Batch], StepStats] = step
+    if graphed:
+        (first,) = batches(case, 1, step.device.type)
+        advance = Graphed(step, first, step.tensors(), step.random)
+    theirs = _watch(reference.optimizerD, reference.optimizerG)
     errors = Errors()
     for batch in batches(case, steps, step.device.type):
         load(step, reference)
-        got = step(batch)
+        got = advance(batch)
         expected = reference.step(as_reference(batch, torch.float64))
-        for kind, mine, yours in (
-            ("d_grad", ours[0](), theirs[0]()),
-            ("g_grad", ours[1](), theirs[1]()),
-        ):
+        # ours stay as Adam got them until the next step; D's get nothing while G is updated
+        for kind, side, yours in (("d_grad", step.d, theirs[0]()), ("g_grad", step.g, theirs[1]())):
+            mine = side.adam.gradients()
             a = torch.cat([t.double().flatten() for t in mine]) / float(step.scale.scale)
             b = torch.cat([t.double().flatten() for t in yours])
             errors.note(kind, relative(a, b, b), "all parameters")
@@ -220,9 +221,7 @@ def _watch(*adams: torch.optim.Optimizer) -> list[Callable[[], list[Tensor]]]:
 
     def keep(place: int) -> Callable[..., None]:
         def hook(adam: torch.optim.Optimizer, *_: object) -> None:
-            params = adam.param_groups[0]["params"]
-            grads = adam.gradients() if isinstance(adam, Adam) else [p.grad for p in params]
-            kept[place] = [g.detach().clone() for g in grads]
+            kept[place] = [p.grad.detach().clone() for p in adam.param_groups[0]["params"]]
 
         return hook
 
