@@ -67,7 +67,6 @@ class Graphed:
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(random)
         try:
-            # the stream of the warm-up: gradients are accumulated on the one they were first on
             with torch.cuda.graph(self._graph, stream=side):
                 self._result = advance(self._batch)
         except torch.OutOfMemoryError:

@@ -149,8 +149,11 @@ class Step:
         return loss.detach()
 
     def _descend(self, loss: Tensor, side: Trained[Any]) -> None:
-        side.adam.zero_grad()
-        self.scale(loss).backward()
+        leaves = side.adam.leaves()
+        # not backward(), which may copy a gradient to accumulate it, and on a stream of its own
+        grads = torch.autograd.grad(self.scale(loss), leaves)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
         if self.scale.enabled:
             side.adam.grad_scale = self.scale.scale
             side.adam.found_inf = self.scale.check(side.adam.gradients())

@@ -122,7 +122,7 @@ class Adam(torch.optim.Optimizer):
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
         grads = []
-        for i, leaf in enumerate(self._leaves(params)):
+        for i, leaf in enumerate(self._reached(params)):
             if leaf.grad is None:
                 raise ValueError(
                     f"Adam: parameter {i} of shape {tuple(leaf.shape)} has no gradient; leave out "
@@ -131,8 +131,11 @@ class Adam(torch.optim.Optimizer):
             grads.append(leaf.grad)
         return grads
 
-    def _leaves(self, params: list[Tensor]) -> list[Tensor]:
-        """What backward reaches: a parameter, or its copy."""
+    def leaves(self) -> list[Tensor]:
+        """What has the gradients, of every parameter in order: it, or its copy."""
+        return [t for group in self.param_groups for t in self._reached(group["params"])]
+
+    def _reached(self, params: list[Tensor]) -> list[Tensor]:
         copies = self.low or [None] * len(params)
         return [
             p if copy is None or not copy.requires_grad else copy

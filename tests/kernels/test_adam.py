@@ -82,6 +82,7 @@ def test_a_copy_that_requires_a_gradient_gives_it(impl, device):
                 p.grad = g
         taken = ours.gradients()
         assert all(taken[i] is copies[i].grad for i in weights)
+        assert all(leaf.grad is g for leaf, g in zip(ours.leaves(), taken, strict=True))
         ours.step(), theirs.step()
     for i, (p, q) in enumerate(zip(net.parameters(), plain.parameters(), strict=True)):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
