@@ -16,9 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-NO_STEPS = (
-    "No figure of speed is published yet: those of GPUs will stand here with their records.\n"
-)
+NO_STEPS = "No GPU has measured fastgan yet: the figures will stand here with their records.\n"
 NO_KERNELS = (
     "No GPU has measured these kernels yet: the figures will stand here with their records.\n"
 )
