@@ -136,8 +136,8 @@ def _on_cpu(variants: dict[str, Sequence[Call]]) -> dict[str, Time]:
 def interleaved_steps(
     variants: dict[str, Call], device: torch.device, stretch_s: float = 0.1, rounds: int = 9
 ) -> dict[str, Time]:
-    """The time of one call of each variant, over stretches of at least `stretch_s` that the GPU
-    ends before the clock stops.
+    """The time of one call of each variant, over stretches of about `stretch_s` that the GPU ends
+    before the clock stops.
     """
     counts = {}
     for name, call in variants.items():
@@ -179,21 +179,25 @@ def synchronised(call: Call) -> Call:
     return timed
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes in use on the GPU; 0 on a CPU."""
+def reserved(device: torch.device) -> int:
+    """Bytes that are taken from the GPU, without what PyTorch holds in store; 0 on a CPU."""
     gc.collect()
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
-def peak_mb(call: Call, before: int, device: torch.device) -> float | None:
-    """Megabytes at the peak of a call, beyond those in use `before` it was built; None on a CPU."""
+def memory_mb(call: Call, before: int, device: torch.device) -> float | None:
+    """Megabytes that are taken from the GPU when a call has run, beyond those that were `before`
+    what it belongs to was built, a graph's own pool among them; None on a CPU.
+    """
     if device.type != "cuda":
         return None
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(device)
+    reserved(device)
     call()
     torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return (torch.cuda.memory_reserved(device) - before) / 1e6
 
 
 def launches(call: Call, device: torch.device) -> int | None:

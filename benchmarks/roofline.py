@@ -1,7 +1,8 @@
 """The fewest milliseconds that one step can take on a card, from its two ceilings.
 
-Counted is the work that a step needs, in 16 bits: D forward on real, fake and fake again, D's
-weight gradients twice, its input gradients to the image once, G forward and both its gradients.
+Counted is the work that a step needs, in 16 bits: D forward on real, fake and fake again, its
+weight gradients and the input gradients between its layers on real and fake, its input gradients
+down to the image on the fake, G forward and both its gradients.
 Bytes: operands of each convolution once, batch norms with two passes forward and two backward (16
 bytes an element), the first LeakyReLU, tanh, and Adam with its copies. What stays in a cache makes
 a step faster than its bytes allow, so the floor is one of DRAM.

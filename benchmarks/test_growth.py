@@ -15,7 +15,7 @@ import harness
 import pytest
 import roofline
 import torch
-from contenders import Case, Data, Ours
+from contenders import Case, Data, Ours, check
 
 GPU = torch.cuda.is_available()
 FAST = {"low": torch.bfloat16, "kernels": "triton", "adam": "triton", "graph": True}
@@ -41,12 +41,14 @@ def test_growth(along, device, copy_gbps, matmul_tflops, record_rows, benchmark,
     def point(size: int, batch: int, images: int) -> dict[str, Any]:
         row: dict[str, Any] = {"along": along, "size": size, "batch": batch, "images": images}
         case = Case(size, batch) if GPU else Case(size, batch, 16, 8)
-        before = harness.allocated(device)
+        before = harness.reserved(device)
         try:
-            step = Ours(case, Data(case, device, images), **FAST).advance
+            data = Data(case, device, images)
+            ours = Ours(case, data, **FAST)
+            row["error"], step = check(ours, case, data.real), ours.advance
             ms = harness.interleaved_steps({"": step}, device, rounds=5)[""].ms
             row |= {"ms": ms, "img_per_s": 1000 * batch / ms}
-            row["peak_mb"] = harness.peak_mb(step, before, device)
+            row["memory_mb"] = harness.memory_mb(step, before, device)
             if matmul_tflops and copy_gbps:
                 floor = roofline.floor_ms(batch, matmul_tflops, copy_gbps, size)
                 row["share_of_roofline"] = floor / ms
@@ -58,11 +60,11 @@ def test_growth(along, device, copy_gbps, matmul_tflops, record_rows, benchmark,
         rows = []
         for size, batch, images in ALONG[along]:
             rows.append(point(size, batch, images))
+            record_rows("growth", rows[-1:])
             gc.collect()
             torch.cuda.empty_cache()
         return rows
 
     rows = benchmark.pedantic(sweep, rounds=1)  # pytest-benchmark's time is that of all points
-    record_rows("growth", rows)
     benchmark.extra_info |= {f"{r['size']} {r['batch']} {r['images']}": r["ms"] for r in rows}
     assert any(row["ms"] for row in rows), rows

@@ -34,7 +34,7 @@ from . import console
 from .durable import flush_folder, write_flushed
 from .errors import RunError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTS = ("model", "optim", "state")
 META = "meta.json"
 # What meta.json holds beside the format version and the digests of the files.

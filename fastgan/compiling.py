@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import console
 from .errors import RunError
 
 INSTEAD = "train without --compile"
@@ -31,15 +32,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def keep_in(folder: Path) -> None:
     """Have compiled code kept in `folder`, so that the next run finds it: PyTorch's own place is
-    emptied at a reboot. TORCHINDUCTOR_CACHE_DIR, where it names another one, goes first; and a path
-    with a space in it stays unused, which PyTorch hands to the compiler in two pieces.
+    emptied at a reboot. TORCHINDUCTOR_CACHE_DIR, where it names another one, goes first.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     theirs = os.path.abspath(default_cache_dir())  # which PyTorch writes into the environment
     ours = os.path.abspath(folder)
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", theirs) == theirs and not re.search(r"\s", ours):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = ours
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", theirs) != theirs:
+        return
+    if re.search(r"\s", ours):  # PyTorch hands such a path to the compiler in pieces
+        console.warn(
+            f"compiled code is kept in {theirs}: PyTorch cannot compile in {ours}, "
+            "which has a space in it"
+        )
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = ours
 
 
 @contextmanager
@@ -58,6 +65,7 @@ def explained() -> Iterator[None]:
         raise RunError(f"torch.compile failed: {reason}, {_where(error)}; {INSTEAD}") from error
     except exc.TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = lines or [type(error).__name__]
         place = next((line for line in reversed(lines) if line.startswith('File "')), None)
         place = place or _where(error)
         raise RunError(f"torch.compile failed: {lines[0]}, at {place}; {INSTEAD}") from error
@@ -66,7 +74,8 @@ def explained() -> Iterator[None]:
 def _where(error: BaseException) -> str:
     """The last line outside of torch that the error came through."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename] or frames
+    theirs = os.path.dirname(torch.__file__) + os.sep
+    ours = [f for f in frames if not f.filename.startswith(theirs)] or frames
     return f'File "{ours[-1].filename}", line {ours[-1].lineno}, in {ours[-1].name}'
 
 

@@ -9,3 +9,13 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """Work that started rightly and could not be finished: a damaged file, a full disk (exit 1)."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or NumPy is a lack of memory: a CPU's allocator and the libraries
+    on a GPU have no error of their own for it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    signs = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

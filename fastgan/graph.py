@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .data.feed import Batch
-from .errors import RunError
+from .errors import RunError, is_out_of_memory
 
 WARM_UP = 3  # steps: code is compiled, cuDNN's algorithms are searched, libraries get their memory
 
@@ -66,17 +67,26 @@ class Graphed:
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(random)
+        gc.collect()  # nothing is freed in the middle, and what the warm-up left makes room
+        self._result, failed = None, []
         try:
             with torch.cuda.graph(self._graph, stream=side):
-                self._result = advance(self._batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+                try:
+                    self._result = advance(self._batch)
+                except (
+                    BaseException
+                ) as error:  # the end of the capture fails then, too, and hides it
+                    failed.append(error)
+                    raise
+        except Exception as error:
+            cause = failed[0] if failed else error
+            if is_out_of_memory(cause) or not isinstance(cause, Exception):
+                raise cause from None
+            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
             raise RunError(
                 f"the step could not be captured as a CUDA graph ({reason}); --no-graph trains "
                 "without one"
-            ) from error
+            ) from cause
 
     def __call__(self, batch: Batch) -> Any:
         """What `advance` returned, in tensors that the next call writes anew."""

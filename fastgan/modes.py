@@ -11,7 +11,7 @@ import torch
 
 from fastgan_kernels import INTERPRETED
 
-from . import __version__
+from . import __version__, console
 from .config import AmpDtype, TrainConfig, recipe_names
 from .env import (
     HEADERS,
@@ -60,7 +60,8 @@ def pick_modes(config: TrainConfig) -> Modes:
     impl, kernels = pick_kernels(config.kernels, device)
     compile, compiled = pick_compile(device) if config.compile else (False, "off (--compile)")
     graph, graphed = pick_graph(config.graph, device)
-    lines = {"kernels": kernels, "precision": precision, "compile": compiled, "graph": graphed}
+    lines = {"device": device_line(config.device, device), "kernels": kernels}
+    lines |= {"precision": precision, "compile": compiled, "graph": graphed}
     return Modes(device, low, impl, compile, graph, lines)
 
 
@@ -71,6 +72,18 @@ def pick_device(name: str) -> torch.device:
     if why := why_no_gpu():
         raise UsageError(f"--device cuda needs a GPU that torch can use: {why}")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_line(name: str, device: torch.device) -> str:
+    """The device that `--device` came to, and what a GPU lacks where "auto" takes none."""
+    if device.type == "cuda" or name == "cpu":
+        return f"{device.type} (--device {name})"
+    why = why_no_gpu()
+    if (
+        torch.cuda.is_available() or driver_cuda() is not None
+    ):  # there is a card, or was meant to be
+        console.warn(f"--device auto takes the CPU: {why}")
+    return f"cpu; no GPU: {why}"
 
 
 def why_no_gpu() -> str:
@@ -154,7 +167,7 @@ def pick_compile(device: torch.device) -> tuple[bool, str]:
 def pick_graph(wanted: bool, device: torch.device) -> tuple[bool, str]:
     """Whether the step is captured as a CUDA graph on `device`."""
     if device.type != "cuda":
-        return False, "off: CUDA graphs need an NVIDIA GPU"
+        return False, "off: CUDA graphs are for NVIDIA GPUs"
     return wanted, "on: a step is one CUDA graph" if wanted else "off (--no-graph)"
 
 

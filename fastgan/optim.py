@@ -113,10 +113,8 @@ class Ema:
         """`average` is a second generator like `source`, of which it becomes a copy."""
         self.network = average.requires_grad_(False)
         copy_into(average.state_dict(), source.state_dict(), "Ema")
-        params, buffers = (
-            list(average.parameters()),
-            list(zip(source.buffers(), average.buffers(), strict=True)),
-        )
+        params = list(average.parameters())
+        buffers = list(zip(source.buffers(), average.buffers(), strict=True))
         self._counts = [pair for pair in buffers if not pair[0].is_floating_point()]
         # On the device and advanced there, so that a captured step averages as a plain one does.
         self.steps = torch.zeros((), dtype=torch.float64, device=params[0].device)

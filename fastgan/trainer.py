@@ -20,7 +20,7 @@ from .data.cache import Cache
 from .data.feed import Batch, ResidentFeed
 from .data.prepare import default_root, prepare
 from .env import environment, machine_line
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, is_out_of_memory
 from .graph import Graphed, warm_up
 from .models import Discriminator, Generator, init_weights
 from .modes import Modes, pick_modes
@@ -53,8 +53,8 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
         run = Run.create(config) if start is None else Run(run_of(start))
         with closing(run):
             return _train_in(run, trainer, start)
-    except RuntimeError as error:  # a CPU's allocator has no error of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAlloc" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             f"out of memory at --batch {config.batch}, --size {config.size}, --width "
@@ -320,8 +320,9 @@ class Trainer:
             self.d.load(under(model, "d."), under(optim, "d."), "d")
             copy_into(self.ema.network.state_dict(), under(model, "ema."), "ema")
             copy_into(counts, {name: state[name] for name in counts if name in state}, "state")
-            if saved := under(state, "loss_scale."):  # without fp16 there is none, then or now
-                copy_into(self.step.scale.tensors(), saved, "loss scale")
+            scale, saved = self.step.scale.tensors(), under(state, "loss_scale.")
+            if scale and saved:  # the run may have been in another precision
+                copy_into(scale, saved, "loss scale")
         except ValueError as error:
             raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
         if meta["device"] == self.device.type:

@@ -94,7 +94,7 @@ def test_another_format_version_says_so(run):
     path = run / "checkpoints" / "000002.500kimg" / "meta.json"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"format_version": 99}))
-    with pytest.raises(RunError, match="has format 99, this fastgan reads 1"):
+    with pytest.raises(RunError, match="has format 99, this fastgan reads 2"):
         checkpoint.open_checkpoint(path.parent)
 
 

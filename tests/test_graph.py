@@ -1,12 +1,14 @@
 """A captured step is the step: bit for bit, whatever is changed between two replays."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from equality import Case, batches, make_step
 from fastgan.data.feed import Batch
 from fastgan.errors import RunError
-from fastgan.graph import Graphed, warm_up
+from fastgan.graph import WARM_UP, Graphed, warm_up
 from fastgan.stats import Accumulator
 from fastgan.step import Step
 from tape import in_the_place_of_cuda
@@ -22,6 +24,8 @@ KINDS = {
     "kernels, bf16": {"impl": "triton", "amp_dtype": torch.bfloat16},
     "kernels, fp16": {"impl": "triton", "amp_dtype": torch.float16},
 }
+if torch.cuda.is_available():  # torch.compile refuses to run under a tape
+    KINDS |= {f"{name}, compiled": {**how, "compile": True} for name, how in KINDS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,7 @@ class Loop:
         torch.manual_seed(1)
         self.step = make_step(CASE, kind=kind, with_ema=True, device=DEVICE, **how)
         self.stats = Accumulator(self.step.device)
+        self.step.scale.scale.fill_(2.0**40 if self.step.scale.enabled else 1.0)  # it overflows
         self.state = [*self.step.tensors(), self.stats.sums]
 
     def advance(self, batch: Batch):
@@ -62,10 +67,18 @@ def first_batch():
     return next(batches(CASE, 1, DEVICE))
 
 
+def everything(loop: Loop) -> list[torch.Tensor]:
+    """What a step leaves behind, listed here and not by the step."""
+    step, kept = loop.step, [loop.stats.sums, loop.step.random.get_state()]
+    for side in (step.g, step.d):
+        kept += [*side.network.state_dict().values(), *side.working.state_dict().values()]
+        kept += [t for state in side.adam.state.values() for t in state.values()]
+    kept += [*step.ema.network.state_dict().values(), step.ema.steps]
+    return kept + [step.scale.scale, step.scale._good_steps]
+
+
 def same(a: Loop, b: Loop) -> bool:
-    return all(torch.equal(s, t) for s, t in zip(a.state, b.state, strict=True)) and torch.equal(
-        a.step.random.get_state(), b.step.random.get_state()
-    )
+    return all(torch.equal(s, t) for s, t in zip(everything(a), everything(b), strict=True))
 
 
 @pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
@@ -74,10 +87,10 @@ def test_a_graphed_step_is_the_plain_step_bit_for_bit(how):
     advance = graphed.graphed()
     assert same(plain, graphed)  # the capture trained nothing and drew nothing
     for count, batch in enumerate(batches(CASE, 4, DEVICE)):
-        if count == 2:  # a schedule, and a loss scale that overflows
+        if count == 2:  # a schedule, and a loss scale that overflows no more
             for loop in (plain, graphed):
                 loop.step.d.adam.param_groups[0]["lr"].mul_(0.5)
-                loop.step.scale.scale.mul_(2.0**20)
+                loop.step.scale.scale.clamp_(max=2.0**10)
         expected, got = plain.advance(batch), advance(batch)
         assert [float(x) for x in got] == [float(x) for x in expected]
         assert same(plain, graphed), f"step {count}"
@@ -139,14 +152,53 @@ def test_a_warm_up_shows_what_is_missing_in_the_state():
     assert not same(fresh, warm)
 
 
-def test_a_failed_capture_names_the_flag(monkeypatch):
-    loop, calls = Loop(), []
+def failing(loop, error):
+    """A step that fails in the capture alone, which then cannot be ended either."""
+    calls = []
 
     def advance(batch):
         calls.append(1)
-        if len(calls) > 3:  # not in the warm-up
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if len(calls) > WARM_UP:
+            raise error
         return loop.advance(batch)
 
+    return advance
+
+
+@pytest.fixture
+def captures_that_do_not_end(monkeypatch):
+    @contextmanager
+    def capture(graph, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_failed_capture_says_why_and_names_the_flag(ends, request):
+    if not ends:
+        request.getfixturevalue("captures_that_do_not_end")
+    loop = Loop()
+    advance = failing(loop, RuntimeError("not permitted when stream is capturing\nmore"))
     with pytest.raises(RunError, match=r"could not be captured .*is capturing\).*--no-graph"):
         Graphed(advance, first_batch(), loop.state, loop.step.random)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+@pytest.mark.usefixtures("captures_that_do_not_end")
+def test_what_ended_a_capture_is_what_is_raised(error):
+    loop = Loop()
+    with pytest.raises(type(error)) as raised:
+        Graphed(failing(loop, error), first_batch(), loop.state, loop.step.random)
+    assert raised.value is error

@@ -1,4 +1,8 @@
-"""500 steps on drawn faces: losses and D(x) are where those of five runs of the reference are."""
+"""500 steps on drawn faces: losses and D(x) are where those of five runs of the reference are.
+
+This sees what drifts, not every mistake: a D that is one update old ends in the same place, and is
+for test_step.py to find.
+"""
 
 import functools
 
@@ -67,4 +71,4 @@ def test_500_steps_end_where_the_references_do(way):
     got = np.mean(rows[-TAIL:], axis=0)
     mean, sigma = band()
     assert (np.abs(got - mean) <= 3 * sigma).all(), (got, mean, sigma)
-    assert (sigma < 0.25 * mean).all(), (mean, sigma)  # a band that says something
+    assert (sigma < 0.12 * mean).all(), (mean, sigma)  # a band that says something

@@ -52,7 +52,7 @@ def card(monkeypatch, major, minor):
         ((12, 0), ["sm_80", "compute_90"], True),  # compiled by the driver
     ],
 )
-def test_a_card_that_torch_has_no_code_for_is_refused(monkeypatch, capability, archs, fits):
+def test_a_card_that_torch_has_no_code_for_is_refused(monkeypatch, capsys, capability, archs, fits):
     card(monkeypatch, *capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
@@ -61,6 +61,8 @@ def test_a_card_that_torch_has_no_code_for_is_refused(monkeypatch, capability, a
     if fits:
         assert modes.pick_device("cuda").type == "cuda"
     else:
+        line = modes.pick_modes(TrainConfig()).lines["device"]
+        assert "no code for it" in line and "--device auto takes the CPU" in capsys.readouterr().err
         with pytest.raises(UsageError, match=r"--device cuda .* no code for it \(only for sm_"):
             modes.pick_device("cuda")
 
@@ -118,7 +120,8 @@ def test_a_graph_is_for_a_gpu_and_can_be_left_out():
 
 def test_every_mode_has_a_line(no_gpu):
     found = modes.pick_modes(TrainConfig(amp=True, compile=True))
-    assert list(found.lines) == ["kernels", "precision", "compile", "graph"]
+    assert list(found.lines) == ["device", "kernels", "precision", "compile", "graph"]
+    assert found.lines["device"].startswith("cpu; no GPU: ")
     assert not found.graph and found.impl == "torch"
     assert "off" in modes.pick_modes(TrainConfig()).lines["compile"]
 

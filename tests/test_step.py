@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equality import (
@@ -24,9 +23,10 @@ from fastgan.config import TrainConfig
 from fastgan.data.feed import Batch
 from fastgan.data.prepare import prepare
 from fastgan.modes import pick_modes
-from fastgan.step import Step, StepStats
+from fastgan.step import StepStats
 from fastgan.trainer import Trainer
 from fastgan_kernels import INTERPRETED
+from planted import EvalInG, FakeFirst, NotANumber, StaleD, Ungrouped
 
 FLOAT64_TOLERANCE = (
     1e-9  # float64 rounding, 1e-16, times 20 steps of Adam's early sign-like updates
@@ -63,54 +63,6 @@ FP16 |= {"mean": 1e-3, "var": 1e-3, "batches": 0.0, "loss": 1e-2, "probability":
 def within(errors: Errors, limits: dict[str, float]) -> None:
     over = {k: (*errors.worst[k], limits[k]) for k in limits if not errors[k] <= limits[k]}
     assert not over, f"(error, where, limit): {over}"
-
-
-class Ungrouped(Step):
-    """Planted: real and fake normalised by shared statistics."""
-
-    def _logits(self, images: Tensor, groups: int) -> Tensor:
-        return super()._logits(images, 1)
-
-
-class FakeFirst(Step):
-    """Planted: the running statistics take the fake before the real."""
-
-    def _logits(self, images: Tensor, groups: int) -> Tensor:
-        if groups == 1:
-            return super()._logits(images, 1)
-        real, fake = images.chunk(2)
-        on_fake, on_real = super()._logits(torch.cat([fake, real]), 2).chunk(2)
-        return torch.cat([on_real, on_fake])
-
-
-class EvalInG(Step):
-    """Planted: D in evaluation mode while G is updated."""
-
-    def _update_g(self, fake: Tensor) -> Tensor:
-        self.d.working.eval()
-        loss = super()._update_g(fake)
-        self.d.working.train()
-        return loss
-
-
-class StaleD(Step):
-    """Planted: G is judged by the discriminator from before its update."""
-
-    def _update_d(self, real: Tensor, fake: Tensor):
-        self.old = [p.detach().clone() for p in self.d.working.parameters()]
-        return super()._update_d(real, fake)
-
-    def _update_g(self, fake: Tensor) -> Tensor:
-        params = list(self.d.working.parameters())
-        new = [p.detach().clone() for p in params]
-        with torch.no_grad():
-            for p, old in zip(params, self.old, strict=True):
-                p.copy_(old)
-        loss = super()._update_g(fake)
-        with torch.no_grad():
-            for p, value in zip(params, new, strict=True):
-                p.copy_(value)
-        return loss
 
 
 RIGHT = {
@@ -228,15 +180,6 @@ def test_fp16_with_a_scaler_equals_the_reference_step_by_step():
     step = make_step(CASE, amp_dtype=torch.float16)
     step.scale.scale.fill_(1024.0)
     within(teacher_forced(step, CASE), FP16)
-
-
-class NotANumber(Step):
-    """Planted: one running mean is NaN after each step."""
-
-    def _update_g(self, fake: Tensor) -> Tensor:
-        loss = super()._update_g(fake)
-        self.d.network.blocks[-1].norm.running_mean[1] = torch.nan
-        return loss
 
 
 PLANTED = [Ungrouped, FakeFirst, EvalInG, StaleD, NotANumber]

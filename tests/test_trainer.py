@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastgan import checkpoint, modes
+from fastgan import checkpoint, compiling, modes
 from fastgan.cli import main
 from fastgan.config import TrainConfig
-from fastgan.data.prepare import prepare
+from fastgan.data.prepare import default_root, prepare
 from fastgan.graph import Graphed
 from fastgan.modes import pick_modes
 from fastgan.trainer import Trainer
@@ -114,6 +115,20 @@ def test_a_resumed_run_in_any_precision_ends_with_the_same_bits(tmp_path, flags)
     a, b = tensors(only_run(whole)), tensors(only_run(parts))
     assert a.keys() == b.keys() and ("state.loss_scale.scale" in a) == ("--amp-dtype=fp16" in flags)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("--amp-dtype=fp16", "--amp-dtype=bf16"), ("--amp-dtype=bf16", "--amp-dtype=fp16")],
+)
+def test_a_run_goes_on_in_another_precision(tmp_path, first, then):
+    """From an old card to a new one: the weights are float32 in both."""
+    assert train(tmp_path, "--amp", first, "--kimg=0.04") == 0
+    run = only_run(tmp_path)
+    assert main(["train", f"--resume={run}", then, "--kimg=0.08"]) == 0
+    assert ("state.loss_scale.scale" in tensors(run)) == (then == "--amp-dtype=fp16")
+    assert main(["train", f"--resume={run}", "--no-amp", "--amp-dtype=auto", "--kimg=0.12"]) == 0
+    assert json.loads((run / "run.json").read_text())["step"] == 15
 
 
 @pytest.mark.parametrize("how", ["auto", "run", "checkpoint"])
@@ -390,7 +405,8 @@ def test_a_run_on_the_kernels_and_its_checkpoint_without_them(tmp_path, monkeypa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no stand-in")
 def test_a_run_on_a_graph_is_the_run_without(tmp_path, monkeypatch, capsys):
     """The trainer's own capture, with a tape in the place of CUDA's graph: resume included."""
-    assert train(tmp_path / "plain", "--kimg=0.12") == 0
+    flags = ["--tick-kimg=0.024", "--kimg=0.12"]  # three steps a tick
+    assert train(tmp_path / "plain", *flags) == 0
     in_the_place_of_cuda(monkeypatch)
     monkeypatch.setattr(modes, "pick_graph", lambda wanted, device: (wanted, "a tape"))
     made = Graphed.__init__
@@ -403,20 +419,37 @@ def test_a_run_on_a_graph_is_the_run_without(tmp_path, monkeypatch, capsys):
         random.set_state(before[1])
 
     monkeypatch.setattr(Graphed, "__init__", put_back)
-    assert train(tmp_path / "graph", "--kimg=0.04") == 0
-    assert train(tmp_path / "graph", "--kimg=0.12", "--resume=auto") == 0
+    assert train(tmp_path / "graph", *flags, "--kimg=0.048") == 0
+    assert train(tmp_path / "graph", *flags, "--resume=auto") == 0
     assert "graph      a tape" in capsys.readouterr().out
     a, b = (tensors(only_run(tmp_path / name)) for name in ("plain", "graph"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     losses = [np.load(only_run(tmp_path / name) / "losses.npy") for name in ("plain", "graph")]
-    np.testing.assert_array_equal(losses[0][-1], losses[1][-1])
+    assert losses[0].shape == (5, 6)
+    np.testing.assert_array_equal(*losses)
 
 
-def test_a_compiled_run_goes_on_from_a_plain_one_and_back(tmp_path, capsys):
-    assert train(tmp_path, "--kimg=0.04") == 0
-    resume = f"--resume={only_run(tmp_path)}"
-    assert main(["train", resume, "--kimg=0.08", "--compile"]) == 0
-    out = capsys.readouterr().out
-    assert "compile: False -> True" in out and "compile    on" in out and "of warm-up" in out
+def test_a_compiled_run_ends_with_the_same_bits_and_goes_on_from_a_plain_one(
+    tmp_path, monkeypatch, capsys
+):
+    """Its warm-up trains nothing, its code is kept, and nothing may be compiled in its loop."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    loops, no_recompiles = [], compiling.no_recompiles
+    monkeypatch.setattr(
+        compiling, "no_recompiles", lambda on: (loops.append(on), no_recompiles(on))[1]
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, "--kimg=0.08", "--compile") == 0
+    assert train(parts, "--kimg=0.04", "--compile") == 0
+    assert train(parts, "--kimg=0.08", "--compile", "--resume=auto") == 0
+    a, b = tensors(only_run(whole)), tensors(only_run(parts))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "of warm-up" in capsys.readouterr().out and loops == [True] * 3
+    kept = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert kept == default_root() / "compiled" and any(kept.iterdir())
+    resume = f"--resume={only_run(parts)}"
     assert main(["train", resume, "--kimg=0.12", "--no-compile"]) == 0
-    assert json.loads((only_run(tmp_path) / "run.json").read_text())["step"] == 15
+    assert main(["train", resume, "--kimg=0.16", "--compile"]) == 0
+    out = capsys.readouterr().out
+    assert "compile: True -> False" in out and "compile: False -> True" in out
+    assert json.loads((only_run(parts) / "run.json").read_text())["step"] == 20

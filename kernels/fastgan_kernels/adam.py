@@ -147,7 +147,10 @@ class Adam(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for copy in self.low:
             if copy is not None and copy.grad is not None:
-                copy.grad = None if set_to_none else copy.grad.zero_()
+                if set_to_none:
+                    copy.grad = None
+                else:
+                    copy.grad.zero_()
 
     @torch.no_grad()
     def write_low(self) -> None:
