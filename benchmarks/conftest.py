@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[RECORDS] = {}
     config.stash[CEILINGS] = {}
+    folder = Path(config.getoption("records"))
+    try:  # before anything is measured
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"--records {folder} cannot be written: {error.strerror}") from None
 
 
 @pytest.fixture(scope="session")

@@ -291,10 +291,16 @@ def write_record(path: Path, content: dict[str, Any]) -> None:
     """
     rows = content["rows"]
     if path.is_file():
-        old = json.loads(path.read_text("utf-8"))
-        was, now = ({k: c["environment"].get(k) for k in SAME} for c in (old, content))
-        if was == now and now["commit"] and now["clean"]:
-            new = {row["test"] for row in rows}
-            content = {**content, "rows": [r for r in old["rows"] if r["test"] not in new] + rows}
+        try:
+            old = json.loads(path.read_text("utf-8"))
+            was, now = ({k: c["environment"].get(k) for k in SAME} for c in (old, content))
+            if was == now and now["commit"] and now["clean"]:
+                new = {row["test"] for row in rows}
+                kept = [row for row in old["rows"] if row["test"] not in new]
+                content = {**content, "rows": kept + rows}
+        except (ValueError, KeyError, TypeError):  # cut short: kept, but not taken for a record
+            path.replace(path.with_suffix(".damaged"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    scratch.replace(path)

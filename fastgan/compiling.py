@@ -4,8 +4,10 @@ recompilation in the loop are errors that say where.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 
 from . import console
-from .errors import RunError
+from .errors import RunError, UsageError
 
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # where PyTorch keeps compiled code
 INSTEAD = "train without --compile"
 
 
@@ -33,20 +36,33 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def keep_in(folder: Path) -> None:
     """Have compiled code kept in `folder`, so that the next run finds it: PyTorch's own place is
     emptied at a reboot. TORCHINDUCTOR_CACHE_DIR, where it names another one, goes first.
+
+    Raises:
+        UsageError: code can be kept nowhere.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     theirs = os.path.abspath(default_cache_dir())  # which PyTorch writes into the environment
-    ours = os.path.abspath(folder)
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", theirs) != theirs:
-        return
-    if re.search(r"\s", ours):  # PyTorch hands such a path to the compiler in pieces
-        console.warn(
-            f"compiled code is kept in {theirs}: PyTorch cannot compile in {ours}, "
-            "which has a space in it"
-        )
-        return
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = ours
+    named = os.environ.get(FOLDER, theirs)
+    if named == theirs:
+        why = _why_not(os.path.abspath(folder))
+        os.environ[FOLDER] = theirs if why else os.path.abspath(folder)
+        if why:
+            console.warn(f"compiled code is kept in {theirs}: {why}")
+    if why := _why_not(os.environ[FOLDER]):
+        raise UsageError(f"{FOLDER} must name a folder for --compile: {why}")
+
+
+def _why_not(folder: str) -> str:
+    """What keeps PyTorch from compiling in a folder, or ""."""
+    if re.search(r"\s", folder):  # it hands the path to the compiler in pieces
+        return f"PyTorch cannot compile in a path with a space, {folder}"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror}"
 
 
 @contextmanager
@@ -57,6 +73,8 @@ def explained() -> Iterator[None]:
         RunError: something could not be compiled.
     """
     exc = torch._dynamo.exc
+    # what torch says of a CUDA toolkit without a GPU, whenever it compiles for a CPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         yield
     except exc.FailOnRecompileLimitHit as error:
@@ -65,10 +83,12 @@ def explained() -> Iterator[None]:
         raise RunError(f"torch.compile failed: {reason}, {_where(error)}; {INSTEAD}") from error
     except exc.TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        lines = lines or [type(error).__name__]
+        # "backend='inductor' raised:" stands above the reason
+        reason = next((x for x in lines if not x.endswith("raised:")), type(error).__name__)
         place = next((line for line in reversed(lines) if line.startswith('File "')), None)
         place = place or _where(error)
-        raise RunError(f"torch.compile failed: {lines[0]}, at {place}; {INSTEAD}") from error
+        instead = f"{INSTEAD}, or delete the code kept in {os.environ.get(FOLDER)} if it is damaged"
+        raise RunError(f"torch.compile failed: {reason}, at {place}; {instead}") from error
 
 
 def _where(error: BaseException) -> str:

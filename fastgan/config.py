@@ -125,7 +125,7 @@ class TrainConfig(Options):
     cards before sm_80.
     """
     compile: bool = False
-    """Compile the networks with their losses by torch.compile."""
+    """Compile the networks with their losses by torch.compile, where it has a compiler."""
     graph: bool = True
     """On an NVIDIA GPU, run each step as one CUDA graph."""
     kernels: Kernels = "auto"
@@ -168,12 +168,6 @@ class TrainConfig(Options):
     """How many checkpoints stay; older ones are deleted."""
     grid: int = Field(64, ge=1, le=4096)
     """Images in a sample grid."""
-
-    @model_validator(mode="after")
-    def _amp(self) -> Self:
-        if self.amp_dtype != "auto" and not self.amp:
-            raise ValueError(f"amp_dtype is for mixed precision: got {self.amp_dtype} without amp")
-        return self
 
     @model_validator(mode="after")
     def _length(self) -> Self:

@@ -62,7 +62,9 @@ def c_compiler() -> str | None:
 
 
 def cxx_compiler() -> str | None:
-    return _first_on_path(os.environ.get("CXX"), "g++", "c++", "clang++")
+    """The one that torch.compile takes on a CPU: what CXX names, else g++ (clang++ on macOS)."""
+    usual = "clang++" if platform.system() == "Darwin" else "g++"
+    return shutil.which(os.environ.get("CXX") or usual)
 
 
 def _first_on_path(*names: str | None) -> str | None:

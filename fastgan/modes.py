@@ -4,6 +4,7 @@ graph; each with a line that says what is on, and why not where not.
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -129,6 +130,8 @@ def pick_precision(
         UsageError: bf16 was asked for on a card without it.
     """
     if not amp:
+        if name != "auto":
+            console.warn(f"--amp-dtype {name} does nothing without --amp")
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         how = ", convolutions in TF32 where the card has it (PyTorch's default)" if tf32 else ""
         return None, f"float32{how}"
@@ -155,7 +158,9 @@ def pick_compile(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         lack = missing_for_triton()
         return not lack, f"off: needs {lack}" if lack else "on: G, and D with each of the losses"
-    lack = missing(("a C++ compiler (g++)", cxx_compiler()), (HEADERS, python_headers()))
+    named = os.environ.get("CXX")
+    compiler = f"a C++ compiler (CXX names {named})" if named else "a C++ compiler (g++)"
+    lack = missing((compiler, cxx_compiler()), (HEADERS, python_headers()))
     if lack:
         return False, f"off: torch.compile on a CPU needs {lack}"
     return (

@@ -12,8 +12,10 @@ from .config import TrainConfig, config_from, differences
 from .errors import RunError, UsageError
 from .runlog import run_number
 
-# What `--resume auto` does not look at: the same command on another machine, longer, or elsewhere.
+# What `--resume auto` does not look at: the same command on another machine, longer, or elsewhere,
+# and by which code the same numbers are computed.
 FREE = {"kimg", "epochs", "device", "out", "cache", "tick_kimg", "sample_kimg", "save_kimg", "keep"}
+FREE |= {"kernels", "compile", "graph"}
 # A run goes on with these as they were: they shape the networks, or what was counted in steps.
 FIXED = ("size", "batch", "latent", "width", "pixel_range", "seed")
 
@@ -76,6 +78,7 @@ def _latest_like(config: TrainConfig) -> Path | None:
     """The newest run under `config.out` of the same configuration that has a checkpoint."""
     if not os.path.isdir(config.out):
         return None
+    nearest: tuple[Path, set[str]] | None = None
     for path in sorted(config.out.iterdir(), key=run_number, reverse=True):
         if run_number(path) < 0:
             continue
@@ -83,9 +86,14 @@ def _latest_like(config: TrainConfig) -> Path | None:
             theirs = load_config(path)
         except (UsageError, RunError):  # of another version: not this configuration
             continue
-        if set(differences(theirs, config)) - FREE:
+        if others := set(differences(theirs, config)) - FREE:
+            if nearest is None or len(others) < len(nearest[1]):
+                nearest = path, others
             continue
         if checkpoints(path):
             return path
         console.say(f"--resume auto: {path} has no checkpoint, looking further")
+    if nearest is not None:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(nearest[1]))
+        console.say(f"--resume auto: {nearest[0]} is nearest, but for {flags}")
     return None

@@ -138,16 +138,17 @@ class Trainer:
             console.say(f"set aside  {len(moved)} later checkpoints, now in {moved[0].parent}")
         run.status("running", self.step_count, self.images)
         try:
+            self.warm_up()  # before signals wait for a step: there is nothing to save yet
             with noted() as caught:
                 if not self.step_count:
                     self._first_pictures(run)
-                self.warm_up()
                 with compiling.no_recompiles(self.modes.compile):
                     self._loop(run, caught)
                 self._finish(run)
-        except BaseException:
+        except BaseException as error:
+            ended = "failed" if isinstance(error, Exception) else "preempted"
             with suppress(OSError):  # a full disk is told by the error that it ended the run with
-                run.status("failed", self.step_count, self.images)
+                run.status(ended, self.step_count, self.images)
             raise
         if self.step_count >= self.total_steps:
             run.status("done", self.step_count, self.images)
@@ -167,6 +168,8 @@ class Trainer:
         """Compile the step and capture it, where that is on: a few steps that leave no trace."""
         if not (self.modes.compile or self.modes.graph):
             return
+        if self.modes.compile:
+            console.say("warm-up    compiling: up to a minute, unless an earlier run did")
         began = time.perf_counter()
         count = len(self.cache.images)
         index = torch.arange(self.config.batch, device=self.device) % count
@@ -177,7 +180,7 @@ class Trainer:
                 self.advance = Graphed(self._advance, batch, state, self.random)
             else:
                 warm_up(self._advance, batch, state, self.random)
-        console.say(f"ready      after {time.perf_counter() - began:.1f} s of warm-up")
+        console.say(f"ready      after a warm-up of {time.perf_counter() - began:.1f} s")
 
     def _loop(self, run: Run, caught: list[int]) -> None:
         config = self.config

@@ -136,6 +136,15 @@ def step_record(ours=1.0):
     return {**record(), "rows": [*rows, {**wrong, "reason": "gradients are off by 1"}]}
 
 
+def growth_record():
+    rows = [
+        {"test": along, "along": along, "size": 64, "batch": 128, "images": 1000, "ms": 1.0,
+         "img_per_s": 128_000.0, "memory_mb": 900.0}
+        for along in ("batch", "size", "images")
+    ]  # fmt: skip
+    return {**record(), "rows": rows}
+
+
 def train_record():
     row = {"test": "t", "case": tables.MAIN_CASE, "variant": "fastgan train --amp"}
     return {**record(), "rows": [{**row, "img_per_s": 126_000.0}]}
@@ -170,7 +179,8 @@ def test_tables_and_plots_say_what_the_records_say(tmp_path):
     for path in (tmp_path / "README.md", tmp_path / "kernels" / "README.md"):
         path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     for name, content in (
-        ("kernels", record()), ("step", step_record()), ("train", train_record())
+        ("kernels", record()), ("step", step_record()), ("train", train_record()),
+        ("growth", growth_record()),
     ):  # fmt: skip
         harness.write_record(card / f"{name}.json", content)
     assert report(tmp_path, "--check") == 1
@@ -188,7 +198,9 @@ def test_tables_and_plots_say_what_the_records_say(tmp_path):
         "| reference, fp32 (TF32) | 21,333 | 1.00 | 0.33 | 7% |",
     ):
         assert line in text, text
-    assert (card / "step.png").is_file()
+    assert (card / "step.png").is_file() and (card / "growth.png").is_file()
+    every = (card / "README.md").read_text()
+    assert "gradients are off by 1" in every and "## growth" in every and "| 0.5 |" in every
     readme.write_text(text.replace("128,000", "148,000"))
     assert report(tmp_path, "--check") == 1
     assert report(tmp_path) == 0
@@ -196,8 +208,29 @@ def test_tables_and_plots_say_what_the_records_say(tmp_path):
     readme_now = readme.read_text()
     assert report(tmp_path, "--check") == 1 and readme.read_text() == readme_now
     assert report(tmp_path) == 0 and "142,222" in readme.read_text()
+    # figures of another commit do not stand beside those of this one
+    assert "fastgan train" in readme.read_text()
+    other = {**train_record(), "environment": record("b" * 40)["environment"]}
+    harness.write_record(card / "train.json", other)
+    assert report(tmp_path) == 0 and "fastgan train" not in readme.read_text()
     (card / "step.png").unlink()
     assert report(tmp_path, "--check") == 1  # a plot belongs to its record
+    (card / "growth.png").write_bytes(b"no picture")
+    assert report(tmp_path, "--check") == 1 and report(tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.md")}
+    empty = json.dumps({**step_record(), "rows": []}).encode()
+    for damage in (empty, b"{}", b"[]", b"{", b"\xff"):
+        (card / "step.json").write_bytes(damage)
+        assert report(tmp_path) == 2, damage
+    none = step_record()
+    for row in none["rows"]:
+        row |= {"ms": None, "reason": "no GPU"}
+    harness.write_record(card / "step.json", none)  # over a damaged one, which is kept
+    assert (card / "step.damaged").is_file()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.md")} == before
+    assert report(tmp_path) == 0
+    readme.write_text(f"{tables.END}\n{tables.BEGIN}\n")
+    assert report(tmp_path) == 2
 
 
 def test_the_published_figures_are_those_of_the_records():

@@ -444,7 +444,7 @@ def test_a_compiled_run_ends_with_the_same_bits_and_goes_on_from_a_plain_one(
     assert train(parts, "--kimg=0.08", "--compile", "--resume=auto") == 0
     a, b = tensors(only_run(whole)), tensors(only_run(parts))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert "of warm-up" in capsys.readouterr().out and loops == [True] * 3
+    assert "after a warm-up of" in capsys.readouterr().out and loops == [True] * 3
     kept = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert kept == default_root() / "compiled" and any(kept.iterdir())
     resume = f"--resume={only_run(parts)}"

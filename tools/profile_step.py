@@ -1,6 +1,7 @@
 """Where the time of a step goes: its kernels by time, and the gaps between them.
 
-    python tools/profile_step.py OUT.json [--batch 128] [--size 64] [--no-compile] [--steps 50]
+    python tools/profile_step.py OUT.json [--batch 128] [--size 64] [--width 64] [--steps 50]
+                                 [--no-compile]
 
 fastgan's step as `fastgan train --amp --compile` runs it, under torch.profiler; on a GPU the step
 is a CUDA graph. A kernel's row: launches a step, microseconds a step, its share. The gaps are the
@@ -22,9 +23,10 @@ import torch  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from fastgan.config import TrainConfig  # noqa: E402
+from fastgan.config import TrainConfig, config_from  # noqa: E402
 from fastgan.data.prepare import prepare  # noqa: E402
 from fastgan.env import environment  # noqa: E402
+from fastgan.errors import RunError, UsageError  # noqa: E402
 from fastgan.modes import pick_modes  # noqa: E402
 from fastgan.trainer import Trainer  # noqa: E402
 
@@ -91,12 +93,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f"OUT: no such folder: {args.out.parent}")
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        parser.error(f"OUT must be a file in a folder that is there: {args.out}")
     if args.steps < 1:
         parser.error(f"--steps must be 1 or more, got {args.steps}")
     options = {key: getattr(args, key) for key in ("size", "batch", "width", "compile")}
-    result = profiled(TrainConfig(data="faces:2000", amp=True, **options), args.steps)
+    try:
+        config = config_from({"data": "faces:2000", "amp": True, **options}, "--")
+        result = profiled(config, args.steps)
+    except (UsageError, RunError) as error:
+        parser.error(str(error))
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     for row in result["kernels"][:40]:
         print(f"{row['us']:9.1f} us {row['share']:6.1%} {row['launches']:6.1f}x  {row['kernel']}")

@@ -1,5 +1,5 @@
-"""The figures in README.md and kernels/README.md and the plots, from the records under
-benchmarks/results.
+"""The figures in README.md and kernels/README.md, and for each card under benchmarks/results all
+tables (README.md) and the plots, from its records.
 
 python tools/report_benchmarks.py            write them
 python tools/report_benchmarks.py --check    exit 1 where they do not say what the records say
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,33 @@ NO_STEPS = "No GPU has measured fastgan yet: the figures will stand here with th
 NO_KERNELS = (
     "No GPU has measured these kernels yet: the figures will stand here with their records.\n"
 )
+KERNELS = Path("kernels") / "README.md"
+MARKED = re.compile(rf"(?s)(?!.*{BEGIN}.*{BEGIN})(?!.*{END}.*{END}).*\n{BEGIN}\n.*{END}\n.*")
 OURS, MAIN_CASE = "fastgan", "64 px, batch 128"
 Record = dict[str, Any]
+# What must be the same for figures of two records to stand in one table.
+SAME = ("gpu", "driver", "cuda", "torch", "triton", "commit", "clean")
+HIDDEN = ("test", "low_ms", "high_ms", "tried_ms")  # columns that the records alone have
+
+
+class Damaged(Exception):
+    """A record that is none, with its file."""
+
+
+def read(path: Path) -> Record:
+    """A record, with all that every one has."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        origin(record)
+        record["rows"][0]["test"]
+        return record
+    except (ValueError, TypeError, LookupError) as error:
+        raise Damaged(f"{path} is no record: {type(error).__name__} {error}") from None
 
 
 def records(results: Path, name: str) -> list[tuple[Path, Record]]:
     """The records NAME.json of all cards."""
-    paths = sorted(results.glob(f"*/{name}.json"))
-    return [(path, json.loads(path.read_text("utf-8"))) for path in paths]
+    return [(path, read(path)) for path in sorted(results.glob(f"*/{name}.json"))]
 
 
 def origin(record: Record) -> str:
@@ -89,7 +111,7 @@ def steps(results: Path) -> str:
             "|---|---:|---:|---:|---:|",
         ]
         for _, train in records(results, "train"):
-            if train["environment"]["gpu"] == gpu:
+            if all(train["environment"][k] == record["environment"][k] for k in SAME):
                 lines += [
                     f"| `{row['variant']}` | {row['img_per_s']:,.0f} | | | |"
                     for row in train["rows"]
@@ -101,12 +123,39 @@ def steps(results: Path) -> str:
             against = (f"{row[k]:.2f}" if row[k] else "" for k in ("x_reference", "x_strongest"))
             lines.append(
                 f"| {name} | {row['img_per_s']:,.0f} | {' | '.join(against)} | "
-                f"{row['share_of_roofline']:.0%} |"
+                f"{percent(row['share_of_roofline'])} |"
             )
         folder = f"benchmarks/results/{path.parent.name}"
-        lines.append(f"\n{origin(record)} [All contenders, sizes and batches]({folder}/step.png)")
+        lines.append(f"\n{origin(record)} All sizes, batches and contenders: [{folder}]({folder}).")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) or NO_STEPS
+
+
+def percent(share: float | None) -> str:
+    return f"{share:.0%}" if share is not None else ""
+
+
+def card(folder: Path) -> str:
+    """Every record of one card as tables."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        record = read(path)
+        rows = record["rows"]
+        parts.append(f"## {path.stem}\n\n{origin(record)}\n")
+        if path.stem in PLOTS:
+            parts.append(f"![{path.stem}]({path.stem}.png)\n")
+        columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in HIDDEN]
+        lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(cell(row.get(c)) for c in columns)} |" for row in rows]
+        parts.append("\n".join(lines) + "\n")
+    return f"# {folder.name}\n\n" + "\n".join(parts)
+
+
+def cell(value: Any) -> str:
+    """A number with four digits, a text on one line, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "/").replace("\n", " ")
 
 
 def written(text: str, figures: str) -> str:
@@ -116,74 +165,111 @@ def written(text: str, figures: str) -> str:
     return f"{before}{BEGIN}\n{figures}{END}{after}"
 
 
-def plots(results: Path) -> dict[Path, tuple[str, Record]]:
-    """For each picture the digest of the record that it is drawn from, and that record."""
-    return {
-        path.with_suffix(".png"): (hashlib.sha256(path.read_bytes()).hexdigest(), record)
-        for path, record in records(results, "step")
-    }
-
-
-def draw(path: Path, digest: str, record: Record) -> None:
-    """Bars of img/s for each case, with the roofline; the picture keeps the record's digest."""
+def draw_step(record: Record) -> Any:
+    """Bars of img/s for each case, with the roofline of 16 bits."""
     from matplotlib.figure import Figure
 
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         if row["ms"] is not None:
             cases.setdefault(row["case"], []).append(row)
-    height = 1.2 + sum(0.28 * len(rows) + 0.6 for rows in cases.values())
-    figure = Figure(figsize=(9, height), layout="constrained")
-    figure.suptitle(f"{record['environment']['gpu']}: images a second, whole steps")
     shares = [len(rows) for rows in cases.values()]
+    if not cases:
+        return Figure()
+    figure = Figure(figsize=(9, 1.2 + 0.28 * sum(shares) + 0.6 * len(cases)), layout="constrained")
+    figure.suptitle(f"{record['environment']['gpu']}: images a second, whole steps")
     axes = figure.subplots(len(cases), 1, height_ratios=shares, squeeze=False)[:, 0]
     for axis, (case, rows) in zip(axes, cases.items(), strict=True):
         rows = rows[::-1]
+        rates = [row["img_per_s"] for row in rows]
         colors = ["tab:green" if r["variant"].startswith(OURS) else "tab:gray" for r in rows]
-        bars = axis.barh([r["variant"] for r in rows], [r["img_per_s"] for r in rows], color=colors)
-        axis.bar_label(bars, [f" {r['img_per_s']:,.0f}" for r in rows], fontsize=8)
-        floor = rows[0]["img_per_s"] / rows[0]["share_of_roofline"]
-        axis.axvline(floor, color="black", linestyle="--", linewidth=1)
-        axis.annotate(f"roofline {floor:,.0f}", (floor, 0), ha="right", fontsize=8, rotation=90)
+        bars = axis.barh([r["variant"] for r in rows], rates, color=colors)
+        axis.bar_label(bars, [f" {rate:,.0f}" for rate in rates], fontsize=8)
+        floors = [r["img_per_s"] / r["share_of_roofline"] for r in rows if r["share_of_roofline"]]
+        for floor in floors[:1]:
+            axis.axvline(floor, color="black", linestyle="--", linewidth=1)
+            label = f"roofline {floor:,.0f}"
+            axis.annotate(label, (floor, 0), ha="right", fontsize=8, rotation=90)
         axis.set_title(case, loc="left", fontsize=10)
         axis.tick_params(labelsize=8)
-        axis.set_xlim(0, 1.12 * floor)
-    figure.savefig(path, dpi=110, metadata={"Description": digest})
+        axis.set_xlim(0, 1.12 * max([*rates, *floors[:1]]))
+    return figure
+
+
+def draw_growth(record: Record) -> Any:
+    """img/s and memory along batch, size and number of images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    figure.suptitle(f"{record['environment']['gpu']}: how a step grows")
+    axes = figure.subplots(2, 3, sharey="row")
+    for (above, below), along in zip(axes.T, ("batch", "size", "images"), strict=True):
+        rows = [r for r in record["rows"] if r["along"] == along and r["ms"] is not None]
+        for axis, key in ((above, "img_per_s"), (below, "memory_mb")):
+            axis.plot([r[along] for r in rows], [r[key] for r in rows], marker="o")
+            axis.set(xscale="log", yscale="log", xlabel=along, ylabel=key)
+            axis.grid(alpha=0.3)
+    return figure
+
+
+PLOTS: dict[str, Callable[[Record], Any]] = {"step": draw_step, "growth": draw_growth}
+
+
+def plots(results: Path) -> dict[Path, tuple[str, Callable[[], Any]]]:
+    """For each picture the digest of what it is drawn from, its record and its code, and how."""
+    found = {}
+    for name, draw in PLOTS.items():
+        for path, record in records(results, name):
+            source = path.read_bytes() + inspect.getsource(draw).encode()
+            digest = hashlib.sha256(source).hexdigest()
+            found[path.with_suffix(".png")] = (digest, lambda d=draw, r=record: d(r))
+    return found
 
 
 def drawn_from(path: Path) -> str | None:
     """The digest that a picture keeps."""
     from PIL import Image
 
-    return Image.open(path).info.get("Description") if path.is_file() else None
+    try:
+        return Image.open(path).info.get("Description")
+    except OSError:  # there is none, or it is damaged
+        return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of both READMEs")
-    parser.add_argument("--results", type=Path, help="default: ROOT/benchmarks/results")
     args = parser.parse_args()
-    results = args.results or args.root / "benchmarks" / "results"
+    results = args.root / "benchmarks" / "results"
     if not results.is_dir():
-        parser.error(f"--results: no such folder: {results}")
-    texts = {args.root / "README.md": steps, args.root / "kernels" / "README.md": kernels}
-    for path in texts:
-        if not path.is_file() or not {BEGIN, END} <= set(path.read_text("utf-8").splitlines()):
-            parser.error(f"--root: must hold a file with the lines {BEGIN} and {END}: {path}")
+        parser.error(f"--root: no such folder: {results}")
+    wanted: dict[Path, str] = {}
+    pictures: dict[Path, tuple[str, Any]] = {}  # drawn before anything is written
+    try:
+        for path, figures in ((args.root / "README.md", steps), (args.root / KERNELS, kernels)):
+            if not path.is_file() or not MARKED.fullmatch(path.read_text("utf-8")):
+                parser.error(f"--root: must hold a file with the lines {BEGIN}, then {END}: {path}")
+            wanted[path] = written(path.read_text("utf-8"), figures(results))
+        folders = [folder for folder in results.iterdir() if folder.is_dir()]
+        wanted |= {folder / "README.md": card(folder) for folder in folders}
+        for path, (digest, draw) in plots(results).items():
+            if drawn_from(path) != digest:
+                pictures[path] = digest, None if args.check else draw()
+    except Damaged as damage:
+        parser.error(str(damage))
+    except (KeyError, TypeError, ValueError) as error:
+        parser.error(f"a row of a record under {results} is damaged: {error!r}")
     wrong = []
-    for path, figures in texts.items():
-        text = path.read_text("utf-8")
-        new = written(text, figures(results))
-        if new != text:
+    for path, text in wanted.items():
+        if not path.is_file() or path.read_text("utf-8") != text:
             wrong.append(path)
             if not args.check:
-                path.write_text(new, "utf-8")
-    for path, (digest, record) in plots(results).items():
-        if drawn_from(path) != digest:
-            wrong.append(path)
-            if not args.check:
-                draw(path, digest, record)
+                path.write_text(text, "utf-8")
+    for path, (digest, picture) in pictures.items():
+        wrong.append(path)
+        if picture is not None:
+            picture.savefig(path, dpi=110, metadata={"Description": digest})
     for path in wrong:
         print(f"{path}: {'not what the records say; run this tool' if args.check else 'written'}")
     return int(args.check and bool(wrong))
