@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from equality import Case, batches, make_step
 from fastgan.compiling import compiled, explained, keep_in, no_recompiles
-from fastgan.errors import RunError
+from fastgan.errors import RunError, UsageError
 from fastgan.step import Step
 
 CASE = Case(width=4, latent=6, batch=4)
@@ -76,6 +77,7 @@ COUNT = """
 import sys, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from fastgan.compiling import compiled, keep_in
 keep_in(Path(sys.argv[1]))
 assert float(compiled(lambda x: 3 * x.exp())(torch.zeros(4))[0]) == 3
@@ -91,13 +93,32 @@ def test_what_was_compiled_is_kept_for_the_next_run(tmp_path):
     assert (tmp_path / "compiled").is_dir()
 
 
-def test_where_compiled_code_is_kept(tmp_path, monkeypatch):
-    kept = "TORCHINDUCTOR_CACHE_DIR"
-    monkeypatch.delenv(kept, raising=False)
-    keep_in(tmp_path / "a b")  # which PyTorch could not compile in
-    assert kept not in os.environ
+def test_where_compiled_code_is_kept(tmp_path, monkeypatch, capsys):
+    kept, theirs = "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
+    monkeypatch.setenv(kept, theirs)
     keep_in(tmp_path / "ab")
-    assert os.environ[kept] == str(tmp_path / "ab")
-    monkeypatch.setenv(kept, "/elsewhere")  # the user's own
+    assert os.environ[kept] == str(tmp_path / "ab") and not capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for folder, why in (("a b", "a path with a space"), ("file/x", "cannot be written")):
+        monkeypatch.setenv(kept, theirs)
+        keep_in(tmp_path / folder)
+        said = capsys.readouterr().err
+        assert os.environ[kept] == theirs and why in said and theirs in said
+    monkeypatch.setenv(kept, str(tmp_path / "elsewhere"))  # the user's own
     keep_in(tmp_path / "ab")
-    assert os.environ[kept] == "/elsewhere"
+    assert os.environ[kept] == str(tmp_path / "elsewhere")
+    for folder, why in (("c d", "a path with a space"), ("file/y", "cannot be written")):
+        monkeypatch.setenv(kept, str(tmp_path / folder))
+        with pytest.raises(UsageError, match=f"TORCHINDUCTOR_CACHE_DIR must name .*{why}"):
+            keep_in(tmp_path / "ab")
+
+
+def test_a_compilers_failure_says_its_reason_and_what_to_do():
+    def broken(x):
+        raise torch._dynamo.exc.BackendCompilerFailed(len, AttributeError("no 'call' in it"), None)
+
+    wanted = "no 'call' in it.*--compile, or delete the code kept in"
+    with pytest.raises(RunError, match=wanted), explained():
+        broken(None)
+    with pytest.raises(RunError, match="failed: TorchDynamoException"), explained():
+        raise torch._dynamo.exc.TorchDynamoException()

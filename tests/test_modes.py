@@ -67,7 +67,7 @@ def test_a_card_that_torch_has_no_code_for_is_refused(monkeypatch, capsys, capab
             modes.pick_device("cuda")
 
 
-def test_amp_on_a_cpu_needs_native_bf16(monkeypatch):
+def test_amp_on_a_cpu_needs_native_bf16(monkeypatch, capsys):
     cpu = torch.device("cpu")
     monkeypatch.setattr(modes, "cpu_flags", lambda: {"avx2", "avx512_bf16"})
     assert modes.pick_precision(True, "auto", cpu)[0] == torch.bfloat16
@@ -80,6 +80,8 @@ def test_amp_on_a_cpu_needs_native_bf16(monkeypatch):
         low, line = modes.pick_precision(True, name, cpu)
         assert low == dtype and "slow" in line
     assert modes.pick_precision(False, "auto", cpu) == (None, "float32")
+    assert modes.pick_precision(False, "fp16", cpu) == (None, "float32")
+    assert "--amp-dtype fp16 does nothing without --amp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,18 @@ def test_what_triton_lacks_is_named(monkeypatch):
         "triton and a C compiler (gcc) and Python's headers (python3-dev)"
     )
     assert not modes.pick_compile(torch.device("cuda"))[0]
+
+
+def test_the_compiler_is_the_one_that_torch_would_take(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert modes.pick_compile(cpu) == (
+        False,
+        "off: torch.compile on a CPU needs a C++ compiler (CXX names /nowhere/g++)",
+    )
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "needs a C++ compiler (g++)" in modes.pick_compile(cpu)[1]
 
 
 def test_a_graph_is_for_a_gpu_and_can_be_left_out():

@@ -21,6 +21,7 @@ from fastgan.config import TrainConfig
 from fastgan.data.prepare import default_root, prepare
 from fastgan.graph import Graphed
 from fastgan.modes import pick_modes
+from fastgan.signals import Terminated
 from fastgan.trainer import Trainer
 from tape import in_the_place_of_cuda
 
@@ -453,3 +454,26 @@ def test_a_compiled_run_ends_with_the_same_bits_and_goes_on_from_a_plain_one(
     out = capsys.readouterr().out
     assert "compile: True -> False" in out and "compile: False -> True" in out
     assert json.loads((only_run(parts) / "run.json").read_text())["step"] == 20
+
+
+@pytest.mark.parametrize("signaled", [KeyboardInterrupt(), Terminated(signal.SIGTERM)], ids=repr)
+def test_a_signal_in_the_warm_up_ends_it_at_once(tmp_path, monkeypatch, capsys, signaled):
+    """There is nothing to save yet, and a compiler may take a minute."""
+
+    def interrupted(self):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        raise signaled
+
+    monkeypatch.setattr(Trainer, "warm_up", interrupted)
+    code = 130 if isinstance(signaled, KeyboardInterrupt) else 143
+    assert train(tmp_path, "--kimg=0.04") == code
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "preempted"
+
+
+def test_resume_auto_takes_a_run_by_other_code_and_names_what_else_differs(tmp_path, capsys):
+    assert train(tmp_path, "--kimg=0.04") == 0
+    assert train(tmp_path, "--kimg=0.08", "--no-graph", "--kernels=torch", "--resume=auto") == 0
+    assert len(list(tmp_path.glob("0*"))) == 1
+    assert train(tmp_path, "--kimg=0.08", "--amp", "--lr-g=1e-4", "--resume=auto") == 0
+    assert "is nearest, but for --amp, --lr-g" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("0*"))) == 2
