@@ -16,6 +16,7 @@ import torch
 from harness import error_of
 from torch import Tensor, nn
 
+from fastgan.compiling import compiled
 from fastgan.data.feed import Batch
 from fastgan.graph import Graphed
 from fastgan.models import Discriminator, Generator
@@ -212,6 +213,7 @@ class Ours(Contender):
     Args:
         low: bfloat16 or float16; None for float32.
         kernels, adam: "triton" or "torch".
+        compile: all three passes (True), or those of `Step` that are named.
     """
 
     def __init__(
@@ -223,7 +225,7 @@ class Ours(Contender):
         kernels: str = "torch",
         adam: str = "torch",
         one_pass: bool = True,
-        compile: bool = False,
+        compile: bool | tuple[str, ...] = False,
         graph: bool = False,
     ) -> None:
         device = data.real.device
@@ -239,9 +241,11 @@ class Ours(Contender):
         )
         random = torch.Generator(device).manual_seed(SEED)
         self.step = Step(
-            *sides, ema, batch=case.batch, random=random, one_pass=one_pass, compile=compile,
-            impl=kernels,
+            *sides, ema, batch=case.batch, random=random, one_pass=one_pass,
+            compile=compile is True, impl=kernels,
         )  # fmt: skip
+        for name in compile if isinstance(compile, tuple) else ():
+            setattr(self.step, name, compiled(getattr(self.step, name)))
         self.step.scale.scale.fill_(SCALE if self.step.scale.enabled else 1.0)
         self.networks, self.adams = (g, d), [side.adam for side in sides]
         self.latents = self.step.latents

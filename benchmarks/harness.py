@@ -208,8 +208,17 @@ def launches(call: Call, device: torch.device) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    kinds = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == kinds for event in profile.events())
+    return len(on_the_gpu(profile))
+
+
+def on_the_gpu(profile: torch.profiler.profile) -> list[Any]:
+    """The kernels, copies and fills of a profile, without the ranges that torch draws around."""
+    kind = torch.autograd.DeviceType.CUDA
+    return [
+        event
+        for event in profile.events()
+        if event.device_type == kind and not getattr(event, "is_user_annotation", False)
+    ]
 
 
 def copy_gbps(device: torch.device) -> float:

@@ -69,6 +69,8 @@ def contenders() -> dict[str, partial[Contender]]:
         ),
         "fastgan": partial(Ours, **WHOLE),
         "fastgan, not compiled": partial(Ours, **WHOLE | {"compile": False}),
+        "fastgan, G compiled": partial(Ours, **WHOLE | {"compile": ("_make",)}),
+        "fastgan, D compiled": partial(Ours, **WHOLE | {"compile": ("_judge", "_fool")}),
         "fastgan, PyTorch's batch norm": partial(Ours, **WHOLE | {"kernels": "torch"}),
         "fastgan, PyTorch's Adam": partial(Ours, **WHOLE | {"adam": "torch"}),
         "fastgan, two passes": partial(Ours, **WHOLE | {"one_pass": False}),
@@ -98,20 +100,15 @@ def compile_ahead(case: Case) -> None:
         list(pool.map(build, compiling))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.usefixtures("compile_anew")
-def test_step(case, device, copy_gbps, matmul_tflops, record_rows, benchmark, monkeypatch):
-    """Milliseconds a step and real images a second; beside the reference, and beside the fastest
-    that is not fastgan.
-    """
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    if GPU:
-        compile_ahead(case)
+def compared(
+    case: Case, makes: dict[str, partial[Contender]], device: torch.device, floor_ms: float | None
+) -> tuple[list[dict[str, Any]], dict[str, Callable[[], Any]]]:
+    """A row for each contender, and the steps of those that are right."""
     data = Data(case, device)
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, Callable[[], Any]] = {}
     sixteen: dict[str, bool] = {}  # whether it computes in 16 bits, as the roofline is counted
-    for name, make in contenders().items():
+    for name, make in makes.items():
         row = found[name] = {"case": str(case), "variant": name, "ms": None}
         try:
             before = harness.reserved(device)
@@ -127,25 +124,40 @@ def test_step(case, device, copy_gbps, matmul_tflops, record_rows, benchmark, mo
     rivals = [name for name in found if not name.startswith("fastgan")]
     # only when all of them could be measured
     strongest = min(times[n].ms for n in rivals) if ready.keys() >= set(rivals) else None
-    floor = None
-    if matmul_tflops and copy_gbps:
-        floor = roofline.floor_ms(case.batch, matmul_tflops, copy_gbps, case.size)
     for name, t in times.items():
         found[name] |= asdict(t) | {
             "img_per_s": 1000 * case.batch / t.ms,
             "x_reference": times[REFERENCE].ms / t.ms if REFERENCE in times else None,
             "x_strongest": strongest / t.ms if strongest else None,
-            "share_of_roofline": floor / t.ms if floor and sixteen[name] else None,
+            "share_of_roofline": floor_ms / t.ms if floor_ms and sixteen[name] else None,
             "launches": harness.launches(ready[name], device),  # a profiler slows what comes after
         }
-    record_rows("step", list(found.values()))
-    benchmark.extra_info |= {name: t.ms for name, t in times.items()}
-    assert ready, f"no contender is right: {found}"
-    benchmark.pedantic(
-        harness.synchronised(ready.get("fastgan", next(iter(ready.values())))), rounds=5,
-        warmup_rounds=1,
-    )  # fmt: skip
-    failed = {name: row["reason"] for name, row in found.items() if row["ms"] is None}
+    return list(found.values()), ready
+
+
+def floor_ms(case: Case, matmul_tflops: float | None, copy_gbps: float | None) -> float | None:
+    if not (matmul_tflops and copy_gbps):
+        return None
+    return roofline.floor_ms(case.batch, matmul_tflops, copy_gbps, case.size)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("compile_anew")
+def test_step(case, device, copy_gbps, matmul_tflops, record_rows, benchmark, monkeypatch):
+    """Milliseconds a step and real images a second; beside the reference, and beside the fastest
+    that is not fastgan.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    if GPU:
+        compile_ahead(case)
+    floor = floor_ms(case, matmul_tflops, copy_gbps)
+    rows, ready = compared(case, contenders(), device, floor)
+    record_rows("step", rows)
+    benchmark.extra_info |= {row["variant"]: row["ms"] for row in rows}
+    assert ready, f"no contender is right: {rows}"
+    first = ready.get("fastgan", next(iter(ready.values())))
+    benchmark.pedantic(harness.synchronised(first), rounds=5, warmup_rounds=1)
+    failed = {row["variant"]: row["reason"] for row in rows if row["ms"] is None}
     assert not failed, failed
 
 

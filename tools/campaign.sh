@@ -5,8 +5,9 @@
 #
 #   tools/campaign.sh OUT [FOLDER OF IMAGES]
 #
-#   ONLY="convs step"   these sections alone, each with all of the time that is left; "native" (the
-#                       kernels' tests on the GPU), "slow" and "sweep" run only when they are named
+#   ONLY="convs step"   these sections alone, each with all of the time that is left; "autotuned",
+#                       "native" (the kernels' tests on the GPU), "slow" and "sweep" run only when
+#                       they are named
 #   SECONDS_IN_ALL=540  what all together may take: a section gets its share, and what is left over
 #
 # Runs from the tree, installed or not, on a machine without a GPU in small, goes on after a section
@@ -16,7 +17,7 @@
 # of a copy without git. The records go to benchmarks/results by hand.
 set -ufo pipefail
 sections="info convs step graph tests train kernels profile run growth data"
-named="native slow sweep"
+named="autotuned native slow sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -115,6 +116,7 @@ section profile 3 "$python" tools/profile_step.py "$out/profile.json" "${small[@
 section run 13 "$python" -m fastgan train --amp --compile --out "$out/runs" "${length[@]}"
 section growth 6 "${bench[@]}" growth
 section data 3 "${bench[@]}" data
+section autotuned 0 "${bench[@]}" autotuned
 section native 0 "${pytest[@]}" tests/kernels tests/test_step.py tests/test_conv4x4.py
 section slow 0 "${pytest[@]}" -m slow tests
 section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"

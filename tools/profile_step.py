@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from torch.autograd import DeviceType  # noqa: E402
+from harness import on_the_gpu  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from fastgan.config import TrainConfig, config_from  # noqa: E402
@@ -69,10 +69,9 @@ def profiled(config: TrainConfig, steps: int) -> dict[str, Any]:
     kinds = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=kinds) as found:
         run()
-    if on_gpu:
-        events = [e for e in found.events() if e.device_type == DeviceType.CUDA]
-    else:  # the innermost operators: time is counted once
-        events = [e for e in found.events() if not e.cpu_children]
+    # of operators on a CPU the innermost: time is counted once
+    innermost = [e for e in found.events() if not e.cpu_children]
+    events = on_the_gpu(found) if on_gpu else innermost
     whole, busy = spans(events)
     return {
         "environment": environment(trainer.device),
