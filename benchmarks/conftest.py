@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +32,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # who is cut off by a time limit still shows the tables so far
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # profiles of CUDA graphs, several in one process
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     config.stash[RECORDS] = {}
     config.stash[CEILINGS] = {}
     folder = Path(config.getoption("records"))
@@ -80,13 +87,15 @@ def compile_anew():
 
 @pytest.fixture
 def record_rows(request, pytestconfig, device, machine, copy_gbps, matmul_tflops):
-    """A function that takes a test's rows into the record NAME.json; a GPU's are written at once,
-    so that a run which is cut short keeps what it has.
+    """A function that takes a test's rows into the record NAME.json, instead of those that it gave
+    before; a GPU's are written at once, so that a run which is cut short keeps what it has.
     """
 
     def take(name: str, rows: list[dict[str, Any]]) -> None:
-        taken = pytestconfig.stash[RECORDS].setdefault(name, [])
-        taken.extend({"test": request.node.name, **row} for row in rows)
+        test, records = request.node.name, pytestconfig.stash[RECORDS]
+        taken = [row for row in records.get(name, []) if row["test"] != test]
+        taken += [{"test": test, **row} for row in rows]
+        records[name] = taken
         if device.type != "cuda":
             return
         content = {

@@ -17,6 +17,7 @@ from harness import error_of
 from torch import Tensor, nn
 
 from fastgan.compiling import compiled
+from fastgan.config import split_size
 from fastgan.data.feed import Batch
 from fastgan.graph import Graphed
 from fastgan.models import Discriminator, Generator
@@ -28,22 +29,6 @@ LR, BETAS, SEED = 2e-4, (0.5, 0.999), 7
 Networks, Adams = Sequence[nn.Module], Sequence[torch.optim.Optimizer]
 
 
-def gradient_limit(roundoff: float) -> float:
-    """How far roundings of this relative size may move a network's gradient in L2: a share of the
-    masks turns in each of 9 layers (derived in tests/test_step.py).
-    """
-    return (9 * 2 * 0.4 * 4 * roundoff) ** 0.5
-
-
-# For each precision the limits of D's gradient, of G's (behind D's first update, where Adam turns
-# rounding noise into steps), and of running means in standard deviations: half of what fake before
-# real in them makes (0.02 and more).
-LIMITS = {
-    "fp32": (gradient_limit(2e-6), gradient_limit(6e-4), 5e-3),
-    "tf32": (gradient_limit(2**-11), 2 * gradient_limit(2**-11), 8e-3),
-    "bf16": (gradient_limit(2**-9), 1.5 * gradient_limit(2**-9), 15e-3),
-    "fp16": (gradient_limit(2**-12), 2 * gradient_limit(2**-12), 8e-3),
-}
 SCALE = 1024.0  # of float16's losses: large enough, and without an overflow in the first step
 
 
@@ -56,6 +41,25 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.size} px, batch {self.batch}"
+
+
+def limits(precision: str, case: Case) -> tuple[float, float, float]:
+    """The limits of D's gradient, of G's (behind D's first update, where Adam turns rounding noise
+    into steps), both in L2, and of running means in standard deviations: half of what fake before
+    real in them makes (0.02 and more).
+    """
+    _, doublings = split_size(case.size)
+
+    def gradient(roundoff: float) -> float:
+        # a share of the masks turns in each layer (derived in tests/test_step.py)
+        return ((2 * doublings + 1) * 2 * 0.4 * 4 * roundoff) ** 0.5
+
+    return {
+        "fp32": (gradient(2e-6), gradient(6e-4), 5e-3),
+        "tf32": (gradient(2**-11), 2 * gradient(2**-11), 8e-3),
+        "bf16": (gradient(2**-9), 1.5 * gradient(2**-9), 15e-3),
+        "fp16": (gradient(2**-12), 2 * gradient(2**-12), 8e-3),
+    }[precision]
 
 
 class Data:
@@ -80,7 +84,7 @@ class Contender:
 
     Attributes:
         networks, adams: G and D with their optimizers.
-        precision: whose `LIMITS` apply.
+        precision: whose `limits` apply.
         latents: what the last step drew, B rows.
         advance: a step.
     """
@@ -285,7 +289,9 @@ def check(contender: Contender, case: Case, real: Tensor) -> float:
         contender.advance()
         noise = contender.latents.double().view(case.batch, case.latent, 1, 1)
         reference.draw = lambda count: noise  # type: ignore[method-assign]
-        reference.step(real.double())
+        # once in this shape: no search for the fastest
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            reference.step(real.double())
     for adam in contender.adams:
         set_rate(adam, LR)
     got = gradients(contender.networks, contender.adams)
@@ -297,10 +303,10 @@ def check(contender: Contender, case: Case, real: Tensor) -> float:
         for a, b in zip(norms(ours), norms(theirs), strict=True)
     )
     found = {"D's gradient": d_error, "G's gradient": g_error, "a running mean": shift}
-    limits = dict(zip(found, LIMITS[contender.precision], strict=True))
+    allowed = dict(zip(found, limits(contender.precision, case), strict=True))
     wrong = [
         f"{name} is off by {found[name]:.2g}, {limit:.2g} is allowed"
-        for name, limit in limits.items()
+        for name, limit in allowed.items()
         if not found[name] <= limit
     ]
     assert not wrong, "; ".join(wrong)
@@ -317,7 +323,7 @@ def set_rate(adam: torch.optim.Optimizer, lr: float) -> None:
 
 
 def precision_of(low: torch.dtype | None, device: torch.device) -> str:
-    """The name in `LIMITS`; float32's convolutions are TF32 on a GPU, PyTorch's default."""
+    """The name in `limits`; float32's convolutions are TF32 on a GPU, PyTorch's default."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     return names[low] if low else "tf32" if device.type == "cuda" else "fp32"
 

@@ -46,7 +46,7 @@ class Trained(Contender):
 
 @pytest.mark.usefixtures("compile_anew")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.replace(" px, batch ", "px-b"))
 def test_train(shape, way, device, record_rows, benchmark, tmp_path):
     """Images a second: of the loop between its grids and checkpoints, of the whole command, and of
     the step alone.

@@ -60,11 +60,11 @@ class Graphed:
         random: torch.Generator,
     ) -> None:
         self._batch = Batch(batch.images, batch.index.clone())
-        side = torch.cuda.Stream(batch.index.device)
-        side.wait_stream(torch.cuda.current_stream())
+        side, current = torch.cuda.Stream(batch.index.device), torch.cuda.current_stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             warm_up(advance, self._batch, state, random)
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(random)
         gc.collect()  # nothing is freed in the middle, and what the warm-up left makes room
@@ -79,6 +79,7 @@ class Graphed:
                     failed.append(error)
                     raise
         except Exception as error:
+            torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
             cause = failed[0] if failed else error
             if is_out_of_memory(cause) or not isinstance(cause, Exception):
                 raise cause from None

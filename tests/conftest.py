@@ -3,6 +3,7 @@ Triton's interpreter instead.
 """
 
 import os
+import signal
 
 # These networks are too small to share among threads, and threads that wait for each other make a
 # machine that is busy with something else ten times slower. Processes started by tests inherit it.
@@ -13,6 +14,11 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fastgan_kernels is imported
+
+
+def pytest_configure():
+    # who is cut off by a time limit still says what failed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -58,5 +58,6 @@ def in_the_place_of_cuda(monkeypatch):
         "Stream": lambda device: stream,
         "current_stream": lambda: stream,
         "stream": lambda chosen: nullcontext(),
+        "set_stream": lambda chosen: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one call of at most nine minutes: the tests, the benchmarks
-# with their records, a profile of the step, and a run of sixty seconds, its start among them, with
-# its grids.
+# Everything a GPU is needed for: the tests, the benchmarks with their records, a profile of the
+# step, and a run of sixty seconds, its start among them, with its grids.
 #
 #   tools/campaign.sh OUT [FOLDER OF IMAGES]
 #
-#   ONLY="convs step"   these sections alone, each with all of the time that is left; "autotuned",
-#                       "native" (the kernels' tests on the GPU), "slow" and "sweep" run only when
-#                       they are named
 #   SECONDS_IN_ALL=540  what all together may take: a section gets its share, and what is left over
+#   ONLY="convs more"   these sections alone, each with all of the time that is left. Only when they
+#                       are named: "convs" (the ten convolutions), "more" (steps of other sizes and
+#                       batches), "compiled" (tests that compile), "native" (the kernels' tests on
+#                       the GPU), "slow", "autotuned" and "sweep"
 #
-# Runs from the tree, installed or not, on a machine without a GPU in small, goes on after a section
-# that fails, and exits 1 then. OUT gets a log a section, the records, the run folder and
-# summary.txt. OUT/campaign.tar has all of it but cache and checkpoints, and at most 16 MB: where
-# there is more, the first grids stay out, and the summary says so. FASTGAN_COMMIT names the commit
-# of a copy without git. The records go to benchmarks/results by hand.
+# In one call it takes at most nine minutes. It runs from the tree, installed or not, on a machine
+# without a GPU in small, goes on after a section that fails, and exits 1 then. OUT gets a log a
+# section, the records, the run folder and summary.txt. OUT/campaign.tar has all of it but cache and
+# checkpoints, and at most 16 MB: where there is more, the first grids stay out, and the summary
+# says so. FASTGAN_COMMIT names the commit of a copy without git. The records go to
+# benchmarks/results by hand.
 set -ufo pipefail
-sections="info convs step graph tests train kernels profile run growth data"
-named="autotuned native slow sweep"
+sections="info step run train profile graph tests growth kernels data"
+named="convs more compiled native slow autotuned sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -37,9 +38,13 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=.:kernels:benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export FASTGAN_CACHE=${FASTGAN_CACHE:-$out/cache}
-"$python" -c 'import torch, fastgan' 2>"$out/import.log" ||
+"$python" -c 'import fastgan.cli, fastgan.trainer, pytest_benchmark, pytest_timeout' 2>"$out/import.log" ||
   die "fastgan cannot be imported by $python: $(tail -1 "$out/import.log")"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+[ "$gpu" = 0 ] || "$python" -c 'from fastgan.env import commit; exit(commit()[0] is None)' ||
+  die "the records need a commit: FASTGAN_COMMIT must name it, where there is no git"
+# what one section compiles the next one finds; PyTorch cannot compile in a path with a space
+[[ $FASTGAN_CACHE == *" "* ]] || export TORCHINDUCTOR_CACHE_DIR=$FASTGAN_CACHE/compiled
 pytest=("$python" -m pytest -p no:cacheprovider -q)
 bench=("$python" -m pytest benchmarks --benchmark-only -p no:cacheprovider --timeout 0
   --records "$out/results" -k)
@@ -80,7 +85,7 @@ section() { # name, its share of the seconds in hundredths, command ...
   if [ "$name" = run ] && ended_well; then code=0; fi
   case $code in
     0)
-      if [[ $name =~ ^(tests|native|graph|slow)$ ]] && ! grep -q '[0-9] passed' "$out/$name.log"; then
+      if [[ $name =~ ^(tests|native|graph|slow|compiled)$ ]] && ! grep -q '[0-9] passed' "$out/$name.log"; then
         say "skipped $name: nothing in it is for this machine"
       else
         say "ok      $name, $((SECONDS - began)) s"
@@ -98,27 +103,29 @@ ended_well() { # SIGTERM ends the run with a checkpoint and a grid
 
 rm -rf "$out/runs" "$out/summary.txt"
 spent_shares=0
-small=() train="train and 128 and compile" kernels="kernels and (bf16 or adam)"
+small=() first=b128 compiled="and compile" kernels="kernels and (bf16 or adam)"
 # sixty seconds at the speed that is aimed at, and longer below it
 length=(--data "${data:-faces:20000}" --kimg 8000 --batch 128)
 if [ "$gpu" != 1 ]; then
-  small=(--size 32 --width 8 --batch 8) train=train kernels=kernels
+  small=(--size 32 --width 8 --batch 8) first=b8 compiled= kernels=kernels
   length=(--data "${data:-faces:64}" --kimg 0.5 "${small[@]}")
 fi
-section info 3 "$python" -m fastgan info
-section convs 15 "${bench[@]}" convs
-section step 28 "${bench[@]}" step
-section graph 3 "${pytest[@]}" tests/test_graph.py
-section tests 11 "${pytest[@]}" -m "gpu and not slow" tests
-section train 8 "${bench[@]}" "$train"
-section kernels 7 "${bench[@]}" "$kernels"
-section profile 3 "$python" tools/profile_step.py "$out/profile.json" "${small[@]}"
-section run 13 "$python" -m fastgan train --amp --compile --out "$out/runs" "${length[@]}"
-section growth 6 "${bench[@]}" growth
-section data 3 "${bench[@]}" data
-section autotuned 0 "${bench[@]}" autotuned
+section info 2 "$python" -m fastgan info
+section step 42 "${bench[@]}" "test_step and $first"
+section run 12 "$python" -m fastgan train --amp --compile --out "$out/runs" "${length[@]}"
+section train 9 "${bench[@]}" "test_train and $first $compiled"
+section profile 4 "$python" tools/profile_step.py "$out/profile.json" "${small[@]}"
+section graph 4 "${pytest[@]}" -k "not compile" tests/test_graph.py
+section tests 9 "${pytest[@]}" -k "not compile" -m "gpu and not slow" tests
+section growth 8 "${bench[@]}" growth
+section kernels 6 "${bench[@]}" "$kernels"
+section data 4 "${bench[@]}" data
+section convs 0 "${bench[@]}" convs
+section more 0 "${bench[@]}" "test_step and not $first"
+section compiled 0 "${pytest[@]}" -k compile -m "not slow" tests/test_graph.py tests/test_step.py
 section native 0 "${pytest[@]}" tests/kernels tests/test_step.py tests/test_conv4x4.py
 section slow 0 "${pytest[@]}" -m slow tests
+section autotuned 0 "${bench[@]}" autotuned
 section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"
 "$python" - "$out" <<'PY' | tee -a "$out/summary.txt"
 import json, statistics, sys

@@ -72,8 +72,10 @@ class Adam(torch.optim.Optimizer):
         if not params:
             raise ValueError("Adam: a group must hold at least one parameter, got none")
         _check_group(group)
-        device, wide = params[0].device, torch.promote_types(params[0].dtype, torch.float32)
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64).to(device, wide)
+        device, dtype = params[0].device, torch.float32  # which CUDA's fused Adam reads it as
+        if device.type != "cuda":
+            dtype = torch.promote_types(params[0].dtype, dtype)
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64).to(device, dtype)
         group["capturable"] = params[0].is_cuda  # torch.optim.Adam's: only there
         step = torch.zeros((), dtype=torch.float32, device=device)
         for p in params:
