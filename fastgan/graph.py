@@ -68,16 +68,11 @@ class Graphed:
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(random)
         gc.collect()  # nothing is freed in the middle, and what the warm-up left makes room
-        self._result, failed = None, []
+        failed: list[BaseException] = []
         try:
             with torch.cuda.graph(self._graph, stream=side):
-                try:
-                    self._result = advance(self._batch)
-                except (
-                    BaseException
-                ) as error:  # the end of the capture fails then, too, and hides it
-                    failed.append(error)
-                    raise
+                # an error here makes the end of the capture fail, too, which would hide it
+                self._result = _noting(failed, advance, self._batch)
         except Exception as error:
             torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
             cause = failed[0] if failed else error
@@ -94,3 +89,11 @@ class Graphed:
         self._batch.index.copy_(batch.index)
         self._graph.replay()
         return self._result
+
+
+def _noting(failed: list[BaseException], advance: Callable[[Batch], Any], batch: Batch) -> Any:
+    try:
+        return advance(batch)
+    except BaseException as error:
+        failed.append(error)
+        raise

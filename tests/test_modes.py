@@ -73,10 +73,8 @@ def test_amp_on_a_cpu_needs_native_bf16(monkeypatch, capsys):
     assert modes.pick_precision(True, "auto", cpu)[0] == torch.bfloat16
     monkeypatch.setattr(modes, "cpu_flags", lambda: {"avx2"})
     assert modes.pick_precision(True, "auto", cpu)[0] is None
-    for (
-        name,
-        dtype,
-    ) in modes.LOW.items():  # asked for by name: slow is better than not what was said
+    # asked for by name: slow is better than not what was said
+    for name, dtype in modes.LOW.items():
         low, line = modes.pick_precision(True, name, cpu)
         assert low == dtype and "slow" in line
     assert modes.pick_precision(False, "auto", cpu) == (None, "float32")
