@@ -9,6 +9,7 @@ its first step, against the reference in float64 on the latents that it drew its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,6 @@ from fastgan.step import Step, frozen
 
 LR, BETAS, SEED = 2e-4, (0.5, 0.999), 7
 Networks, Adams = Sequence[nn.Module], Sequence[torch.optim.Optimizer]
-
-
 SCALE = 1024.0  # of float16's losses: large enough, and without an overflow in the first step
 
 
@@ -178,18 +177,11 @@ class Tuned(Contender):
         self.scaler.scale(loss).backward()
         self.scaler.step(adam_d)
         adam_g.zero_grad()
-        if self.freeze:
-            with frozen(self.networks[1]):
-                self._fool(fake)
-        else:
-            self._fool(fake)
-        self.scaler.step(adam_g)
-        self.scaler.update()
-
-    def _fool(self, fake: Tensor) -> None:
-        with self._autocast():
+        with frozen(self.networks[1]) if self.freeze else nullcontext(), self._autocast():
             loss = self.criterion(self.d(fake).view(-1), self.ones)
         self.scaler.scale(loss).backward()
+        self.scaler.step(adam_g)
+        self.scaler.update()
 
     def _autocast(self) -> torch.autocast:
         on, kind = self.amp is not None, self.real.device.type

@@ -16,22 +16,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import measure, synchronised
+from roofline import layers
 from torch import Tensor
 
 from fastgan.models import Discriminator, Generator
 from fastgan_kernels import Adam, Average, adam_ema, bn_act, bn_act_ref, gather_u8
 
 GPU = torch.cuda.is_available()
-# Channels, edge and activation of the DCGAN's batch norms at 64 px.
-LAYERS = {
-    "G1": (512, 4, "relu"),
-    "G2": (256, 8, "relu"),
-    "G3": (128, 16, "relu"),
-    "G4": (64, 32, "relu"),
-    "D2": (128, 16, "leaky_relu"),
-    "D3": (256, 8, "leaky_relu"),
-    "D4": (512, 4, "leaky_relu"),
-}
+# Channels, edge and activation of the DCGAN's batch norms at 64 px, by layer.
+IN_D, IN_G = layers(64, 100, 64)
+LAYERS = {f"G{i}": (x.cout, x.large, "relu") for i, x in enumerate(IN_G[:-1], 1)}
+LAYERS |= {f"D{i}": (x.cout, x.small, "leaky_relu") for i, x in enumerate(IN_D[1:-1], 2)}
 BATCHES = [128, 1024] if GPU else [8]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16} if GPU else {"fp32": torch.float32}
 # A rounding of what is stored, and of what PyTorch's own stores between batch norm and activation;

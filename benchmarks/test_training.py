@@ -33,7 +33,7 @@ if not GPU:
 KIMG = 1500 if GPU else 1
 
 
-class Trained(Contender):
+class OfTrainer(Contender):
     """The trainer's own step, to be checked."""
 
     def __init__(self, trainer: Trainer, batch: Batch) -> None:
@@ -62,7 +62,7 @@ def test_train(shape, way, device, record_rows, benchmark, tmp_path):
     batch = trainer.feed.next()
     case = Case(config.size, config.batch, config.latent, config.width)
     real = gather_u8(*batch, dtype=torch.float32, impl="ref")
-    error = check(Trained(trainer, batch), case, real)
+    error = check(OfTrainer(trainer, batch), case, real)
 
     def alone() -> float:
         """Milliseconds of the trainer's own step, on one batch."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,17 @@ from .data.feed import Batch
 from .errors import RunError, is_out_of_memory
 
 WARM_UP = 3  # steps: code is compiled, cuDNN's algorithms are searched, libraries get their memory
+
+
+@contextmanager
+def undone(state: Sequence[Tensor], random: torch.Generator) -> Iterator[None]:
+    """What the block does to `state` and draws from `random` is put back when it ends."""
+    before, position = [t.clone() for t in state], random.get_state()
+    yield
+    with torch.no_grad():
+        for t, was in zip(state, before, strict=True):
+            t.copy_(was)
+    random.set_state(position)
 
 
 def warm_up(
@@ -27,13 +39,9 @@ def warm_up(
         state: every tensor that `advance` changes and a later call reads.
         random: what it draws from.
     """
-    before = [t.clone() for t in state], random.get_state()
-    for _ in range(WARM_UP):
-        advance(batch)
-    with torch.no_grad():
-        for t, was in zip(state, before[0], strict=True):
-            t.copy_(was)
-    random.set_state(before[1])
+    with undone(state, random):
+        for _ in range(WARM_UP):
+            advance(batch)
 
 
 class Graphed:

@@ -53,14 +53,7 @@ class Loop:
         return stats
 
     def graphed(self) -> Graphed:
-        """Captured; what the tape has done while recording is put back, as no graph does it."""
-        before, random = [t.clone() for t in self.state], self.step.random.get_state()
-        captured = Graphed(self.advance, first_batch(), self.state, self.step.random)
-        if DEVICE == "cpu":
-            for t, was in zip(self.state, before, strict=True):
-                t.copy_(was)
-            self.step.random.set_state(random)
-        return captured
+        return Graphed(self.advance, first_batch(), self.state, self.step.random)
 
 
 def first_batch():

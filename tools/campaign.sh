@@ -32,7 +32,9 @@ in_all=${SECONDS_IN_ALL:-540}
 [[ $in_all =~ ^[1-9][0-9]*$ ]] || die "SECONDS_IN_ALL must be a whole number of seconds, got $in_all"
 data=
 [ $# -lt 2 ] || data=$(cd -- "$2" 2>/dev/null && pwd) || die "no folder of images: $2"
-out=$(mkdir -p -- "$1" 2>/dev/null && cd -- "$1" && pwd) && touch "$out/summary.txt" 2>/dev/null ||
+[ ! -d "$1" ] || [ -e "$1/.campaign" ] || [ -z "$(ls -A -- "$1")" ] ||
+  die "OUT must be new, empty, or of an earlier campaign, whose run is replaced: $1"
+out=$(mkdir -p -- "$1" 2>/dev/null && cd -- "$1" && pwd) && touch "$out/.campaign" 2>/dev/null ||
   die "OUT cannot be written: $1"
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
