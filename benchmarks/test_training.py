@@ -53,7 +53,7 @@ def test_train(shape, way, device, record_rows, benchmark, tmp_path):
     """
     options = SHAPES[shape] | WAYS[way]
     config = TrainConfig(**options, kimg=KIMG)
-    cache = prepare(config.data, config.size)
+    cache = prepare(config.data, config)
     flags = [f"--data={cache.path}", f"--kimg={KIMG}", f"--out={tmp_path}"]
     flags += [f"--{k}={v}" for k, v in options.items() if k in ("size", "batch", "width")]
 

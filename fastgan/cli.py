@@ -161,9 +161,22 @@ def run(command: Any) -> int:
 
         return train(config, resume=command.resume)
     if isinstance(command, PrepareCommand):
+        if command.check:
+            from .data.cache import check_cache, summary
+
+            cache = check_cache(Path(command.source).expanduser(), "SOURCE")
+            say(f"{summary(cache)}: whole, by its checksums")
+            return 0
         from .data.prepare import prepare
 
-        prepare(command.source, command.size, out=command.out, root=command.cache, flag="SOURCE")
+        prepare(
+            command.source,
+            command,
+            out=command.out,
+            root=command.cache,
+            verify=command.verify,
+            flag="SOURCE",
+        )
         return 0
     if isinstance(command, SampleCommand):
         from .samples import sample
@@ -178,12 +191,13 @@ def run(command: Any) -> int:
         write_faces(folder, command.count, command.size, command.seed)
         say(f"{command.count:,} faces of {command.size} px and factors.csv in {folder}")
         return 0
-    from .data.decode import open_decoder
+    from .data.pool import DecodePool
     from .env import version_of
+    from .framing import Framing
     from .modes import info
 
-    decoder = open_decoder(64)
-    dali = version_of("nvidia-dali-cuda120")
-    why = f"; {decoder.why}" if decoder.why else ""
-    print(info(f"{decoder.name} (DALI {dali or 'not installed'}{why})"))
+    with DecodePool(Framing(), processes=1) as pool:
+        dali = version_of("nvidia-dali-cuda120")
+        why = f"; {pool.why}" if pool.why else ""
+        print(info(f"{pool.name} (DALI {dali or 'not installed'}{why})"))
     return 0

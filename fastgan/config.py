@@ -28,12 +28,13 @@ from pydantic import (
 )
 
 from .errors import UsageError
+from .framing import MAX_SIDE, Crop, Filter, Framing
 
 MIN_SIZE, MAX_SIZE = 32, 256
 BASES = (4, 5, 6, 7)  # the smallest map's edge; doubling it reaches every supported size
 SIZES = tuple(sorted(b << k for b in BASES for k in range(8) if MIN_SIZE <= b << k <= MAX_SIZE))
 PIXEL_RANGES = ((-1.0, 1.0), (0.0, 1.0))
-DEFAULT_SIZE = 64
+FRAMING = Framing()  # the defaults
 DEFAULT_KIMG = 1000.0
 DEFAULT_RECIPE = "quickstart"  # what `fastgan train` does when no data, recipe or run is named
 
@@ -59,6 +60,10 @@ def _size(value: int) -> int:
     return value
 
 
+def _crop(value: str) -> str:
+    return Crop(value).text
+
+
 def _pixel_range(value: PixelRange) -> PixelRange:
     if value not in PIXEL_RANGES:
         raise ValueError(f"must be -1 1 or 0 1, got {value[0]:g} {value[1]:g}")
@@ -66,12 +71,17 @@ def _pixel_range(value: PixelRange) -> PixelRange:
 
 
 Size = Annotated[int, AfterValidator(_size)]
+CropText = Annotated[str, AfterValidator(_crop), tyro.conf.arg(metavar="center|none|WxH|WxH+X+Y")]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "triton", "torch"]
+OnBad = Literal["skip", "stop"]
+DecoderName = Literal["auto", "dali-gpu", "dali-cpu", "pillow"]
+Loader = Literal["auto", "resident", "stream", "dali"]
 AmpDtype = Literal["auto", "bf16", "fp16"]
 # Options that may be unset: the help text says what happens then, so tyro's "(default: None)" is
 # left away.
 Kimg = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+Limit = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
@@ -102,15 +112,60 @@ class Options(BaseModel):
             raise ValueError(f"begins with a home directory that is not known: {value}") from None
 
 
-class TrainConfig(Options):
-    """What one training run is. A recipe is this as TOML; a run folder keeps it as config.json."""
+class Source(Options):
+    """Where the images are."""
 
     data: str = "faces:10000"
-    """Images to learn from: a folder (searched in depth), a cache made by `prepare`, or faces:N (N
-    drawn faces).
+    """Images to learn from: a folder (searched in depth), a .zip, a cache made by `prepare`, or
+    faces:N (N drawn faces).
     """
-    size: Size = DEFAULT_SIZE
+
+
+class DataOptions(Options):
+    """Which images of a source are taken, and how they are framed."""
+
+    size: Annotated[int, Field(ge=1)] = FRAMING.size
     """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
+    crop: CropText = FRAMING.crop
+    """The part of each image that is kept: center (the largest centred square), none (all of it,
+    squeezed), WxH from the centre, or WxH+X+Y. CelebA's 178x218 are usually cut to 178x178, 140x140
+    or 108x108, or to 128x128+25+57.
+    """
+    filter: Filter = FRAMING.filter
+    """How images are resized, antialiased: triangular (Pillow's bilinear), lanczos or cubic."""
+    min_size: int = Field(FRAMING.min_size, ge=1, le=MAX_SIDE)
+    """Refuse images whose shorter side has fewer pixels."""
+    max_pixels: int = Field(FRAMING.max_pixels, ge=1, le=2**31 - 1)
+    """Refuse images of more pixels, before they are decoded."""
+    limit: Annotated[Limit, Field(ge=1)] = None
+    """Take at most so many images, spread over the set by a hash of their names (default: all)."""
+    keep: float = Field(1.0, gt=0, le=1)
+    """Take each image with this probability, by a hash of its name: adding files changes no other
+    choice.
+    """
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Set each image aside with this probability, by another hash of its name: training never sees
+    those, metrics can.
+    """
+    on_bad: OnBad = "skip"
+    """What to do with a file that cannot be decoded or is refused: skip it (and list it in
+    skipped.jsonl), or stop.
+    """
+    decoder: DecoderName = "auto"
+    """What decodes: DALI on the GPU or the CPU, or Pillow; auto takes the first that works."""
+
+
+class TrainConfig(DataOptions, Source):
+    """What one training run is. A recipe is this as TOML; a run folder keeps it as config.json."""
+
+    size: Size = FRAMING.size
+    """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2, anew in each epoch."""
+    loader: Loader = "auto"
+    """Where batches come from: the set resident on the device, streamed from the cache (stream), or
+    decoded on the fly without a cache (dali); auto is resident where it fits, else stream.
+    """
     batch: int = Field(128, ge=2, le=65536)
     """Images a step."""
     kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
@@ -164,7 +219,7 @@ class TrainConfig(Options):
     """Between two sample grids (default: a twentieth of the run)."""
     save_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two checkpoints (default: a quarter of the run)."""
-    keep: int = Field(3, ge=2)
+    keep_checkpoints: int = Field(3, ge=2)
     """How many checkpoints stay; older ones are deleted."""
     grid: int = Field(64, ge=1, le=4096)
     """Images in a sample grid."""
@@ -210,13 +265,19 @@ class TrainCommand(Flags, TrainConfig):
     """Print the resolved configuration as TOML and stop."""
 
 
-class PrepareCommand(Flags):
-    """Decode a folder of images once into a cache that `train --data` takes."""
+class PrepareCommand(Flags, DataOptions):
+    """Decode images once into a cache that `train --data` takes."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of images (searched in depth), or faces:N."""
-    size: Size = DEFAULT_SIZE
-    """Image size in pixels."""
+    """A folder of images (searched in depth), a .zip, or faces:N."""
+    size: Size = FRAMING.size
+    """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Verify that the cache SOURCE is whole, by its checksums, and stop."""
+    verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Use a cache again only if the contents of all files are what it was made from: not only their
+    names, sizes and times.
+    """
     out: OptionalPath = None
     """The cache folder to write (default: a name of its own in --cache)."""
     cache: OptionalPath = None

@@ -14,8 +14,8 @@ from .runlog import run_number
 
 # What `--resume auto` does not look at: the same command on another machine, longer, or elsewhere,
 # and by which code the same numbers are computed.
-FREE = {"kimg", "epochs", "device", "out", "cache", "tick_kimg", "sample_kimg", "save_kimg", "keep"}
-FREE |= {"kernels", "compile", "graph"}
+FREE = {"kimg", "epochs", "device", "out", "cache", "tick_kimg", "sample_kimg", "save_kimg"}
+FREE |= {"keep_checkpoints", "kernels", "compile", "graph", "loader", "decoder", "on_bad"}
 # A run goes on with these as they were: they shape the networks, or what was counted in steps.
 FIXED = ("size", "batch", "latent", "width", "pixel_range", "seed")
 

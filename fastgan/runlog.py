@@ -7,12 +7,10 @@ runs/00003-faces-64px-b128-s999/
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +18,8 @@ from . import console
 from .config import TrainConfig
 from .durable import replace_file
 from .errors import RunError
+from .lock import try_lock
 from .paths import make_folder, slug
-
-fcntl: Any = None  # Windows has no flock: two runs in one folder are not told apart there
-with suppress(ImportError):
-    fcntl = importlib.import_module("fcntl")
 
 
 class Run:
@@ -33,15 +28,12 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = open(path / "run.lock", "a+")  # noqa: SIM115 - held for the run's life
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise RunError(f"{path} is in use by {holder}; wait for it or stop it") from None
+            if not try_lock(self._lock):
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "another process"
+                self._lock.close()
+                raise RunError(f"{path} is in use by {holder}; wait for it or stop it")
         except OSError as error:  # some network file systems are mounted without locks
             console.warn(f"{path} cannot be locked ({error}): see that no other run uses it")
             return

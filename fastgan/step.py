@@ -54,6 +54,7 @@ class Step:
         ema: the averaged generator that G's Adam moves; None for none.
         batch: images a step, B.
         random: the generator that latents are drawn from, on the networks' device.
+        flip: mirror each real image left to right with probability 1/2.
         one_pass: real and fake through D together; False for two passes, which is the same
             function.
         compile: compile the three passes (G, D's objective, G's objective) with torch.compile. A
@@ -70,6 +71,7 @@ class Step:
         batch: int,
         random: torch.Generator,
         pixel_range: PixelRange = (-1.0, 1.0),
+        flip: bool = False,
         one_pass: bool = True,
         compile: bool = False,
         impl: str = "auto",
@@ -82,6 +84,7 @@ class Step:
         self.scale = LossScale(self.device, self.dtype == torch.float16)
         kept = next(g.network.parameters()).dtype
         self.latents = torch.empty(batch, g.network.latent, dtype=kept, device=self.device)
+        self.flips = torch.empty(batch, device=self.device) if flip else None
         self._z = self.latents if kept == self.dtype else self._aligned(self.latents.shape)
         if compile:
             for part in ("_make", "_judge", "_fool"):
@@ -92,6 +95,7 @@ class Step:
         real = gather_u8(
             batch.images,
             batch.index,
+            self._draw_flips(),
             dtype=self.dtype,
             value_range=self.pixel_range,
             impl=self.impl,
@@ -110,6 +114,12 @@ class Step:
     def draw_latents(self) -> None:
         """Fill the static latents [B, latent] from N(0, 1)."""
         self.latents.normal_(generator=self.random)
+
+    def _draw_flips(self) -> Tensor | None:
+        """bool [B], which images to mirror."""
+        if self.flips is None:
+            return None
+        return self.flips.uniform_(generator=self.random) < 0.5
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes and a later one reads."""

@@ -16,9 +16,10 @@ import torch
 
 from . import __version__, checkpoint, compiling, console
 from .config import TrainConfig, to_plain
-from .data.cache import Cache
-from .data.feed import Batch, ResidentFeed
-from .data.prepare import default_root, prepare
+from .data.feed import Batch
+from .data.loader import Data, open_data, open_feed
+from .data.on_the_fly import OnTheFly
+from .data.prepare import default_root
 from .env import environment, machine_line
 from .errors import RunError, UsageError, is_out_of_memory
 from .graph import Graphed, warm_up
@@ -44,14 +45,16 @@ def train(config: TrainConfig, resume: str | None = None) -> int:
     start = run_to_resume(config, resume)
     if start is None:
         check_folder(config.out, "--out")
-    cache = prepare(config.data, config.size, root=config.cache, flag="--data")
+    data = open_data(config)
     if modes.compile:
         compiling.keep_in((config.cache or default_root()) / "compiled")
     try:
-        trainer = Trainer(config, cache, modes)
-        # the lock before the checkpoint: what is loaded must be the last that the run has written
-        run = Run.create(config) if start is None else Run(run_of(start))
-        with closing(run):
+        with (
+            closing(data),
+            closing(Trainer(config, data, modes)) as trainer,
+            # the lock before the checkpoint: what is loaded must be the last that was written
+            closing(Run.create(config) if start is None else Run(run_of(start))) as run,
+        ):
             return _train_in(run, trainer, start)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -83,8 +86,8 @@ def _train_in(run: Run, trainer: Trainer, start: Path | None) -> int:
 class Trainer:
     """Everything that a run consists of, and the loop over it."""
 
-    def __init__(self, config: TrainConfig, cache: Cache, modes: Modes) -> None:
-        self.config, self.cache, self.modes = config, cache, modes
+    def __init__(self, config: TrainConfig, data: Data, modes: Modes) -> None:
+        self.config, self.data, self.modes = config, data, modes
         self.device = device = modes.device
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
@@ -101,7 +104,7 @@ class Trainer:
         self.g = Trained(g, config.lr_g, betas, low=low, ema=self.ema, impl=impl)
         self.d = Trained(d, config.lr_d, betas, low=low, impl=impl)
         self.random = torch.Generator(device).manual_seed(config.seed)
-        self.feed = ResidentFeed(cache.images, config.batch, config.seed, device)
+        self.feed, self.loader = open_feed(data, config, device)
         self.step = Step(
             self.g,
             self.d,
@@ -111,16 +114,21 @@ class Trainer:
             pixel_range=config.pixel_range,
             # two small passes stay in a CPU's caches: 140 img/s against 119 (width 64, batch 128)
             one_pass=device.type == "cuda",
+            flip=config.flip,
             compile=modes.compile,
             impl=impl,
         )
         self.stats = Accumulator(device)
         self.advance: Callable[[Batch], Any] = self._advance
         self.step_count = 0
-        epochs_img = (config.epochs or 0) * len(cache.images)
+        epochs_img = (config.epochs or 0) * data.count
         self.total_steps = math.ceil((epochs_img or (config.kimg or 0) * 1000) / config.batch)
         self.seconds = {"sample": 0.0, "save": 0.0}  # since the last tick
         self.resumed_from: Path | None = None
+
+    def close(self) -> None:
+        """End what works ahead of the steps."""
+        self.feed.close()
 
     @property
     def images(self) -> int:
@@ -133,6 +141,8 @@ class Trainer:
         run.write("env.json", environment(self.device))
         moved = checkpoint.set_aside_newer(run.path, self.images)
         self.log = StatsLog(run.path, self.step_count)
+        if isinstance(self.data, OnTheFly):
+            self.data.list_refused_in(run.path)
         self._announce(run)
         if moved:
             console.say(f"set aside  {len(moved)} later checkpoints, now in {moved[0].parent}")
@@ -171,8 +181,7 @@ class Trainer:
         if self.modes.compile:
             console.say("warm-up    compiling: up to a minute, unless an earlier run did")
         began = time.perf_counter()
-        count = len(self.cache.images)
-        index = torch.arange(self.config.batch, device=self.device) % count
+        index = torch.arange(self.config.batch, device=self.device) % len(self.feed.images)
         batch = Batch(self.feed.images, index)
         state = [*self.step.tensors(), self.stats.sums]
         with compiling.explained():
@@ -225,7 +234,7 @@ class Trainer:
         row = {
             "step": self.step_count,
             "kimg": self.images / 1000,
-            "epoch": self.images / len(self.cache.images),
+            "epoch": self.images / self.data.count,
             **means,
             "img_per_s": images / seconds["train"],
             "s_per_kimg": 1000 * seconds["train"] / images,
@@ -255,10 +264,10 @@ class Trainer:
         """Real images, spread over the set, and what the untrained generator makes of the fixed
         latents.
         """
-        images = self.cache.images
-        count = min(self.config.grid, len(images))
-        spread = np.linspace(0, len(images) - 1, count).astype(np.int64)
-        save_picture(grid(torch.from_numpy(images[spread])), run.path / "samples" / "real.png")
+        count = min(self.config.grid, self.data.count)
+        spread = np.linspace(0, self.data.count - 1, count).astype(np.int64)
+        real = torch.from_numpy(self.data.pictures(spread))
+        save_picture(grid(real), run.path / "samples" / "real.png")
         self._sample(run)
 
     def _sample(self, run: Run) -> None:
@@ -280,7 +289,7 @@ class Trainer:
     def _save(self, run: Run) -> None:
         with self._timed("save"):
             checkpoint.save(run.path / "checkpoints", self.images, self._parts(), self._meta())
-            checkpoint.prune(run.path, self.config.keep)
+            checkpoint.prune(run.path, self.config.keep_checkpoints)
             run.status("running", self.step_count, self.images)
 
     def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -302,18 +311,18 @@ class Trainer:
             "step": self.step_count,
             "device": self.device.type,
             "feed": self.feed.state_dict(),
-            "data": {"identity": self.cache.meta.identity, "count": len(self.cache.images)},
+            "data": {"identity": self.data.identity, "count": self.data.count},
             "config": to_plain(self.config),
         }
 
     def load(self, start: checkpoint.Checkpoint) -> None:
         """Put every number back where it was when the checkpoint was written."""
         meta, data = start.meta, start.meta["data"]
-        if data.get("identity") != self.cache.meta.identity:
+        if (data.get("identity"), data.get("count")) != (self.data.identity, self.data.count):
             raise UsageError(
                 f"--data {self.config.data} is not what the run was trained on: "
-                f"{data.get('count', 0):,} images then, {len(self.cache.images):,} now, or other "
-                "files; start a new run"
+                f"{data.get('count', 0):,} images then, {self.data.count:,} now, or other files; "
+                "start a new run"
             )
         model, optim, state = (start.tensors(part) for part in checkpoint.PARTS)
         under = checkpoint.under
@@ -342,15 +351,14 @@ class Trainer:
 
     def _announce(self, run: Run) -> None:
         """What is on, and why not where not: printed once, at the start."""
-        config, images = self.config, self.cache.images
-        megabytes = images.nbytes / 1e6
+        config = self.config
         sizes = [
             sum(p.numel() for p in net.parameters()) for net in (self.g.network, self.d.network)
         ]
         lines = {
             "fastgan": f"{__version__}, torch {torch.__version__}, {machine_line(self.device)}",
-            "data": f"{len(images):,} images of {config.size} px from {self.cache.path}",
-            "loader": f"the set is resident ({megabytes:,.0f} MB), each step gathers its batch",
+            "data": str(self.data),
+            "loader": self.loader,
             "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last",
             **self.modes.lines,
             "length": (

@@ -12,7 +12,7 @@ import torch
 
 from equality import Case, as_reference, load, make_step
 from fastgan.data.faces import draw_faces
-from fastgan.data.feed import ResidentFeed
+from fastgan.data.feed import ResidentFeed, Sampler
 from fastgan.graph import Graphed
 from fastgan.reference import Reference
 
@@ -37,7 +37,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def feed(seed):
-    return ResidentFeed(draw_faces(2000, CASE.size), CASE.batch, seed, DEVICE)
+    return ResidentFeed(
+        draw_faces(2000, CASE.size), Sampler(2000, CASE.batch, seed), torch.device(DEVICE)
+    )
 
 
 def begun(seed):

@@ -235,7 +235,7 @@ def trainer(tmp_path):
         config = TrainConfig(
             data="faces:20", size=32, width=4, latent=8, batch=16, kimg=1, **options
         )
-        cache = prepare(config.data, config.size, root=tmp_path)
+        cache = prepare(config.data, config, root=tmp_path)
         return Trainer(config, cache, pick_modes(config.model_copy(update={"device": device})))
 
     return make

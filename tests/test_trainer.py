@@ -83,7 +83,7 @@ def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
 
 def test_the_statistics_are_the_means_of_the_steps(tmp_path):
     config = TrainConfig(**TINY, kimg=0.08)
-    cache = prepare(config.data, config.size, root=tmp_path)
+    cache = prepare(config.data, config, root=tmp_path)
     trainer = Trainer(config, cache, pick_modes(config))
     seen = []
     for _ in range(5):
@@ -369,7 +369,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     def no_locks(*args):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("fastgan.runlog.fcntl.flock", no_locks)
+    monkeypatch.setattr("fastgan.lock.fcntl.flock", no_locks)
     assert train(tmp_path, "--kimg=0.04") == 0
     assert "cannot be locked" in capsys.readouterr().err
 

@@ -55,7 +55,7 @@ def by_kernel(events: list[Any], steps: int) -> list[dict[str, Any]]:
 
 
 def profiled(config: TrainConfig, steps: int) -> dict[str, Any]:
-    trainer = Trainer(config, prepare(config.data, config.size), pick_modes(config))
+    trainer = Trainer(config, prepare(config.data, config), pick_modes(config))
     trainer.warm_up()
     on_gpu = trainer.device.type == "cuda"
 

@@ -1,73 +1,81 @@
 """Building a cache: every image drawn or decoded once, beside its place, then renamed into it.
 
-Of two processes that build the same cache at once the second finds the first one's and drops its
-own; what a killed one leaves behind is swept by the next. Nobody's own files are ever deleted.
+A killed build starts anew: what it leaves behind is swept by the next. Of two processes that want
+the same cache the second waits for the first (`prepare.py`); where the file system has no locks
+both build, and the later finds the first one's and drops its own. Nobody's own files are ever
+deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
 import shutil
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from .. import __version__
+from ..config import DataOptions
 from ..console import bar, say, warn
 from ..durable import flush, flush_folder
 from ..errors import RunError, UsageError
+from ..framing import Framing
 from .cache import (
     FILES,
     FORMAT,
     FORMAT_VERSION,
     IMAGES,
     META,
-    ROW,
     SKIPPED,
     Cache,
     DamagedError,
     Meta,
+    file_digest,
     is_cache,
     read_cache,
     summary,
 )
-from .decode import CROP, FILTER, NO_GPU, open_decoder
-from .images import ImageFile
+from .image_file import ImageFile
+from .images import JPEG_SUFFIXES
+from .pool import NO_GPU, DecodePool, batches
 
+# of DataOptions: `on_bad` says when to stop, and decoders agree
+PIXEL_OPTIONS = set(DataOptions.model_fields) - {"on_bad", "decoder"}
 FACES_SEED = 0
 FACES_CHUNK = 512  # drawn at a time
-BATCH = 128  # files decoded at a time
-BATCH_BYTES = 64 << 20  # or fewer, when they are large
-MAX_FILE_BYTES = 1 << 30  # 64 million pixels of 16-bit RGBA are half of this
-READ_AHEAD = 4  # batches; on a network drive reading waits more than it works
 
 
 @dataclass(frozen=True)
 class Wanted:
-    source: str
-    size: int
-    count: int  # files, or faces to draw
-    files: list[ImageFile] | None  # None: faces
+    """What a cache is to hold: the first rows to train on, then `held_out` others."""
+
+    source: str  # absolute path, or faces:N
+    options: DataOptions
+    items: Sequence[ImageFile] | Sequence[int]  # files, or numbers of faces to draw
+    held_out: int
     fingerprint: str
     identity: str
     folder_name: str
 
+    @property
+    def drawn(self) -> bool:
+        return self.source.startswith("faces:")
 
-def identity(file: ImageFile) -> list[Any]:
-    return [file.name, file.size_bytes, file.mtime_ns]
+    @property
+    def pixel_bytes(self) -> int:
+        return len(self.items) * self.options.size**2 * 3
 
 
 def check_place(path: Path, flag: str) -> str | None:
@@ -90,7 +98,7 @@ def check_place(path: Path, flag: str) -> str | None:
         return None
     foreign = sorted(names - {IMAGES, FILES, SKIPPED, META})
     if foreign or not is_cache(path):
-        shown = ", ".join(_printable(name) for name in (foreign or sorted(names))[:3])
+        shown = ", ".join(printable(name) for name in (foreign or sorted(names))[:3])
         raise UsageError(
             f"{flag} must be a new folder, an empty one or a cache; "
             f"{path} holds other files ({shown})"
@@ -98,18 +106,20 @@ def check_place(path: Path, flag: str) -> str | None:
     return ""
 
 
-def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
+def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool = False) -> Cache:
     """Build the cache at `path`, replacing one that is there, and say what came of it.
+
+    `alone` says that no other process of this host is at it.
 
     Raises:
         UsageError: `path` cannot be written, or none of the images can be decoded.
         RunError: the disk is too small or fails.
     """
-    building = _sibling(path, "building")
+    building, replaced = _sibling(path, "building"), _meta_text(path)
     began = time.monotonic()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep(path, alone)
         _check_room(wanted, path, place_flag)
         building.mkdir()
     except OSError as error:
@@ -117,16 +127,18 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
             f"{place_flag}: cannot write the cache {path}: {error.strerror or error}"
         ) from error
     try:
-        filled = _fill(building, wanted, flag)
+        filled = _Filled(wanted)
+        _fill(filled, building, flag)
         meta = Meta(
-            size=wanted.size,
             count=filled.count,
-            crop=CROP,
-            filter=FILTER,
+            held_out=filled.held_out,
+            options=pixel_options(wanted.options),
             decoder=filled.decoder,
             source=wanted.source,
             fingerprint=wanted.fingerprint,
             identity=wanted.identity,
+            sha256={name: file_digest(building / name) for name in (FILES, SKIPPED)}
+            | {IMAGES: filled.digest.hexdigest()},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fastgan_version=__version__,
         )
@@ -134,7 +146,7 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
         with open(building / META, "w", encoding="utf-8") as file:
             file.write(json.dumps(text, indent=1) + "\n")
             flush(file)
-        cache = _install(building, path, wanted.fingerprint)
+        cache = _install(building, path, wanted.fingerprint, replaced)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"writing the cache {path} failed: {error}") from error
@@ -142,160 +154,177 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str) -> Cache:
     finally:
         _remove(building)
     seconds = time.monotonic() - began
-    rate = wanted.count / max(seconds, 1e-9)
+    rate = len(wanted.items) / max(seconds, 1e-9)
     by = filled.decoder + (f", {filled.by_pillow:,} by Pillow" if filled.by_pillow else "")
     say(f"{summary(cache)} ({seconds:.1f} s, {rate:,.0f} img/s, {by})")
-    if filled.reasons:
-        _say_skipped(filled.reasons, wanted.count, path)
+    filled.report(path)
     return cache
+
+
+def pixel_options(options: DataOptions) -> dict[str, Any]:
+    """The options that the contents of a cache depend on."""
+    return options.model_dump(include=PIXEL_OPTIONS)
 
 
 def _check_room(wanted: Wanted, path: Path, place_flag: str) -> None:
     """Stop before an hour of decoding that cannot fit."""
-    if wanted.count * wanted.size**2 * 3 > shutil.disk_usage(path.parent).free:
+    if wanted.pixel_bytes > shutil.disk_usage(path.parent).free:
         raise RunError(_no_room(wanted, path, place_flag))
 
 
 def _no_room(wanted: Wanted, path: Path, place_flag: str) -> str:
-    needed_gb = wanted.count * wanted.size**2 * 3 / 1e9
     return (
-        f"no room for the cache {path}: it needs {needed_gb:,.2f} GB; "
+        f"no room for the cache {path}: it needs {wanted.pixel_bytes / 1e9:,.2f} GB; "
         f"free some, or name another place with {place_flag}"
     )
 
 
 @dataclass
 class _Filled:
-    """What came of the images that were wanted."""
+    """What came of the images that were wanted, so far."""
 
-    count: int
-    decoder: str
-    by_pillow: int  # of the count, decoded by Pillow in place of the decoder
-    reasons: list[str]  # why the others were skipped
+    wanted: Wanted
+    count: int = 0  # written
+    held_out: int = 0  # of these
+    decoder: str = "drawn"
+    by_pillow: int = 0  # decoded by Pillow in place of the decoder
+    enlarged: int = 0  # smaller than what was made of them
+    refused: Counter[str] = field(default_factory=Counter)  # by the kind of reason
+    examples: list[str] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)  # of the pixels
+
+    def write(self, file: IO[bytes], squares: np.ndarray) -> None:
+        pixels = np.ascontiguousarray(squares).data
+        file.write(pixels)
+        self.digest.update(pixels)
+
+    def refuse(self, name: str, reason: str, flag: str) -> None:
+        """Count a refusal; `UsageError` where it is one too many."""
+        total = len(self.wanted.items)
+        if self.wanted.options.on_bad == "stop":
+            raise UsageError(
+                f"{flag}: {printable(name)}: {reason} (--on-bad skip leaves such files out)"
+            )
+        self.refused[reason.partition(":")[0]] += 1
+        if len(self.examples) < 3:
+            self.examples.append(f"{printable(name)}: {reason}")
+        if 2 * self.refused.total() > total:
+            raise UsageError(
+                f"{flag}: more than half of the {total:,} images in {self.wanted.source} are "
+                f"refused, as {'; '.join(self.examples)}"
+            )
+
+    def report(self, path: Path) -> None:
+        """Say what was refused and why, and what was enlarged."""
+        total, size = len(self.wanted.items), self.wanted.options.size
+        if self.refused:
+            kinds = self.refused.most_common()
+            shown = [f"{count:,} {kind}" for kind, count in kinds[:3]]
+            if len(kinds) > 3:
+                shown.append(f"{sum(count for _, count in kinds[3:]):,} other")
+            where = path / SKIPPED
+            say(
+                f"skipped {self.refused.total():,} of {total:,} files: {', '.join(shown)}; "
+                f"names in {where}"
+            )
+        if self.enlarged:
+            say(
+                f"enlarged {self.enlarged:,} images of fewer than {size} pixels a side "
+                f"(--min-size {size} would refuse them)"
+            )
 
 
-def _fill(building: Path, wanted: Wanted, flag: str) -> _Filled:
-    """Write everything but meta.json."""
+def _fill(filled: _Filled, building: Path, flag: str) -> None:
+    """Write everything but meta.json, and count."""
+    wanted = filled.wanted
     with (
         open(building / IMAGES, "wb") as images,
         open(building / FILES, "w", encoding="utf-8") as kept,
         open(building / SKIPPED, "w", encoding="utf-8") as skipped,
     ):
-        header = _npy_header(wanted.count, wanted.size)
-        images.write(header)
-        if wanted.files is None:
-            filled = _draw(images, wanted)
+        room = len(_npy_header(len(wanted.items), wanted.options.size))
+        images.seek(room)
+        if wanted.drawn:
+            _draw(filled, images)
         else:
-            filled = _decode(images, kept, skipped, wanted, flag)
+            _decode(filled, images, kept, skipped, flag)
+        header = _npy_header(filled.count, wanted.options.size)
+        assert len(header) == room  # numpy leaves room for any count
         images.seek(0)
-        final = _npy_header(filled.count, wanted.size)
-        assert len(final) == len(header)  # numpy leaves room for any count
-        images.write(final)
+        images.write(header)
         for file in (images, kept, skipped):
             flush(file)
-    return filled
 
 
-def _draw(images: IO[bytes], wanted: Wanted) -> _Filled:
+def _draw(filled: _Filled, images: IO[bytes]) -> None:
     from . import faces
 
-    with bar("drawing faces", wanted.count) as progress:
-        for start in range(0, wanted.count, FACES_CHUNK):
-            chunk = min(FACES_CHUNK, wanted.count - start)
-            drawn = faces.draw_faces(chunk, wanted.size, seed=FACES_SEED, start=start)
-            images.write(np.ascontiguousarray(drawn).data)
-            progress.update(start + chunk)
-    return _Filled(wanted.count, "drawn", 0, [])
+    wanted = filled.wanted
+    numbers = [item for item in wanted.items if isinstance(item, int)]
+    with bar("drawing faces", len(numbers)) as progress:
+        for start in range(0, len(numbers), FACES_CHUNK):
+            chunk = numbers[start : start + FACES_CHUNK]
+            first, last = min(chunk), max(chunk)
+            rows = faces.factor_rows(first, last - first + 1, FACES_SEED)
+            drawn = faces.render(rows[np.array(chunk) - first], wanted.options.size)
+            filled.write(images, drawn)
+            progress.update(start + len(chunk))
+    filled.count, filled.held_out = len(numbers), wanted.held_out
 
 
-def _decode(
-    images: IO[bytes], kept: IO[str], skipped: IO[str], wanted: Wanted, flag: str
-) -> _Filled:
-    assert wanted.files is not None
-    decoder = open_decoder(wanted.size)
-    tell = say if decoder.why in ("", NO_GPU) else warn
-    tell(f"decoding with {decoder.name}{' (' + decoder.why + ')' if decoder.why else ''}")
-    reasons: list[str] = []
-    first_bad: list[str] = []
+def _decode(filled: _Filled, images: IO[bytes], kept: IO[str], skipped: IO[str], flag: str) -> None:
+    wanted = filled.wanted
+    files = [item for item in wanted.items if isinstance(item, ImageFile)]
+    trained = len(files) - wanted.held_out
     done = 0
-    with bar("decoding", wanted.count) as progress:
-        for files, blobs in _read_ahead(wanted.files):
-            decoded = iter(decoder.decode([blob for blob in blobs if isinstance(blob, bytes)]))
-            squares = []
-            for file, blob in zip(files, blobs, strict=True):
-                result = next(decoded) if isinstance(blob, bytes) else blob
-                row: dict[str, Any] = dict(zip(ROW, identity(file), strict=True))
-                if isinstance(result, str):
-                    reasons.append(result)
-                    skipped.write(json.dumps({**row, "reason": result}) + "\n")
-                    if len(first_bad) < 3:
-                        first_bad.append(f"{_printable(file.name)}: {result}")
-                else:
-                    squares.append(result)
+    with open_pool(wanted.options, files) as pool, bar("decoding", len(files)) as progress:
+        filled.decoder = pool.name
+        for decoded in pool.run(batches(files)):
+            for reason, digest in zip(decoded.reasons, decoded.digests, strict=True):
+                row = {**files[done].row(), "sha256": digest}
+                if reason is None:
                     kept.write(json.dumps(row) + "\n")
-            if squares:
-                images.write(np.stack(squares).data)
-            done += len(files)
+                    filled.count += 1
+                    filled.held_out += done >= trained
+                else:
+                    skipped.write(json.dumps({**row, "reason": reason}) + "\n")
+                    filled.refuse(files[done].name, reason, flag)
+                done += 1
+            filled.write(images, decoded.squares)
             progress.update(done)
-    if done == len(reasons):
-        raise UsageError(
-            f"{flag}: none of the {done:,} images in {wanted.source} can be decoded: "
-            + "; ".join(first_bad)
-        )
-    return _Filled(done - len(reasons), decoder.name, decoder.by_pillow, reasons)
+        filled.by_pillow, filled.enlarged = pool.by_pillow, pool.enlarged
+    if filled.count == filled.held_out:
+        raise UsageError(f"{flag}: no image of {wanted.source} is left to train on")
 
 
-def _read_ahead(files: list[ImageFile]) -> Iterator[tuple[list[ImageFile], list[bytes | str]]]:
-    """Batches of files and their bytes (or why there are none), read while others are decoded."""
-    batches = _batches(files)
-    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read") as threads:
-        waiting = deque(
-            (batch, threads.submit(_read, batch)) for batch in islice(batches, READ_AHEAD)
-        )
-        while waiting:
-            batch, blobs = waiting.popleft()
-            ready = blobs.result()
-            for following in islice(batches, 1):
-                waiting.append((following, threads.submit(_read, following)))
-            yield batch, ready
+def open_pool(options: DataOptions, files: Sequence[ImageFile]) -> DecodePool:
+    """The processes that decode these files by these options; says which decoder they have.
+
+    The GPU is for JPEGs: to inflate a PNG is work for the CPU's cores, and kornia-rs in all of them
+    does it three times as fast as DALI there.
+    """
+    framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
+    jpegs = sum(file.name.lower().endswith(JPEG_SUFFIXES) for file in files)
+    pool = DecodePool(
+        framing,
+        options.decoder,
+        gpu=2 * jpegs > len(files),
+        processes=sum(1 for _ in batches(files)),
+    )
+    tell = say if pool.why in ("", NO_GPU) else warn
+    tell(f"decoding with {pool.name}{' (' + pool.why + ')' if pool.why else ''}")
+    return pool
 
 
-def _batches(files: list[ImageFile]) -> Iterator[list[ImageFile]]:
-    batch: list[ImageFile] = []
-    batch_bytes = 0
-    for file in files:
-        if batch and (len(batch) == BATCH or batch_bytes + file.size_bytes > BATCH_BYTES):
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(file)
-        batch_bytes += file.size_bytes
-    yield batch
+def _meta_text(path: Path) -> bytes | None:
+    try:
+        return (path / META).read_bytes()
+    except OSError:
+        return None
 
 
-def _read(batch: list[ImageFile]) -> list[bytes | str]:
-    blobs: list[bytes | str] = []
-    for file in batch:
-        if file.size_bytes > MAX_FILE_BYTES:
-            blobs.append(f"too large: {file.size_bytes:,} bytes, over {MAX_FILE_BYTES:,}")
-            continue
-        try:
-            blobs.append(file.path.read_bytes())
-        except OSError as error:
-            blobs.append(f"unreadable: {error.strerror or error}")
-    return blobs
-
-
-def _say_skipped(reasons: list[str], total: int, path: Path) -> None:
-    kinds = Counter(reason.partition(":")[0] for reason in reasons).most_common()
-    shown = [f"{count:,} {kind}" for kind, count in kinds[:3]]
-    if len(kinds) > 3:
-        shown.append(f"{sum(count for _, count in kinds[3:]):,} other")
-    where = path / SKIPPED
-    say(f"skipped {len(reasons):,} of {total:,} files: {', '.join(shown)}; names in {where}")
-
-
-def _install(building: Path, path: Path, fingerprint: str) -> Cache:
-    """Rename a finished cache into place.
+def _install(building: Path, path: Path, fingerprint: str, replaced: bytes | None) -> Cache:
+    """Rename a finished cache into place, where one with the meta.json `replaced` may be.
 
     Of two that finish at once, the second finds the first one's and drops its own.
     """
@@ -313,7 +342,7 @@ def _install(building: Path, path: Path, fingerprint: str) -> Cache:
                 raise
         with contextlib.suppress(DamagedError):
             cache = read_cache(path)
-            if cache.meta.fingerprint == fingerprint:
+            if cache.meta.fingerprint == fingerprint and _meta_text(path) != replaced:
                 return cache
         with contextlib.suppress(FileNotFoundError):  # another process may have retired it
             os.rename(path, retired)
@@ -325,7 +354,7 @@ def _sibling(path: Path, kind: str) -> Path:
     return path.parent / f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
 
 
-def _sweep(path: Path) -> None:
+def _sweep(path: Path, alone: bool) -> None:
     """Remove what processes of this host left behind when they were killed.
 
     One with our own number is a leftover too: in containers the numbers repeat.
@@ -337,7 +366,7 @@ def _sweep(path: Path) -> None:
             number = name.removeprefix(prefix)
             if name.startswith(prefix) and number.isdecimal():
                 pid = int(number)
-                if pid == os.getpid() or not _alive(pid):
+                if alone or pid == os.getpid() or not _alive(pid):
                     _remove(path.parent / name)
 
 
@@ -367,6 +396,6 @@ def _npy_header(count: int, size: int) -> bytes:
     return header.getvalue()
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as it can be printed anywhere: stray bytes and control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

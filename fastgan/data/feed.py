@@ -1,8 +1,8 @@
-"""The resident set: all images on the device, batches drawn from shuffled epochs by index.
+"""Batches, drawn from shuffled epochs by index, and the set that is resident on the device.
 
 Batches have one size and run across the ends of epochs: the walk goes over concatenated
 permutations, so that the step's shapes never change and every image comes exactly once an epoch.
-The position is two integers.
+The position is two integers, and the order the same for every feed and any number of ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UPLOAD_BYTES = 256 << 20  # copied to the GPU at a time
 class Batch(NamedTuple):
     """A batch by reference: the step gathers images[index] itself."""
 
-    images: torch.Tensor  # uint8 [N, H, W, 3], the whole set, on the device
+    images: torch.Tensor  # uint8 [N, H, W, 3] on the device, the same tensor in every batch
     # it hides tuple.index, which nobody needs here
     index: torch.Tensor  # type: ignore[assignment]  # int64 [B], on the device
 
@@ -31,14 +31,23 @@ class Sampler:
     """An endless walk over 0 to count - 1, `batch` numbers at a time, in a new order each epoch.
 
     The order of epoch e is np.random.default_rng([seed, e]).permutation(count): any position can be
-    taken up again without the ones before.
+    taken up again without the ones before. Of `world` ranks each is given its share of every batch,
+    the position is that of all.
     """
 
-    def __init__(self, count: int, batch: int, seed: int) -> None:
-        for name, value, least in (("count", count, 1), ("batch", batch, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"Sampler: {name} must be {least} or more, got {value}")
+    def __init__(self, count: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        least = {"count": (count, 1), "batch": (batch, 1), "seed": (seed, 0), "world": (world, 1)}
+        for name, (value, low) in least.items():
+            if value < low:
+                raise ValueError(f"Sampler: {name} must be {low} or more, got {value}")
+        if batch % world or not 0 <= rank < world:
+            raise ValueError(
+                f"Sampler: batch must be a multiple of world and rank below it, got batch {batch}, "
+                f"rank {rank}, world {world}"
+            )
         self.count, self.batch, self.seed = count, batch, seed
+        self.share = batch // world  # of each batch, this rank's
+        self._before = rank * self.share  # of each batch, earlier ranks'
         self.epoch = 0  # epochs completed
         self.offset = 0  # images of this epoch already taken, 0 to count - 1
         self._order = (-1, np.empty(0, np.int64))  # the epoch that was drawn last
@@ -48,20 +57,27 @@ class Sampler:
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
     def pieces(self) -> list[tuple[int, int, int]]:
-        """The next batch as (epoch, start, stop) in their orders; moves the position on."""
+        """This rank's share of the next batch as (epoch, start, stop) in the epochs' orders; moves
+        the position on.
+        """
         pieces = []
-        left = self.batch
+        epoch, start = self._after(self._before)
+        left = self.share
         while left:
-            stop = min(self.offset + left, self.count)
-            pieces.append((self.epoch, self.offset, stop))
-            left -= stop - self.offset
-            self.offset = stop
-            if stop == self.count:
-                self.epoch, self.offset = self.epoch + 1, 0
+            stop = min(start + left, self.count)
+            pieces.append((epoch, start, stop))
+            left -= stop - start
+            epoch, start = (epoch, stop) if stop < self.count else (epoch + 1, 0)
+        self.epoch, self.offset = self._after(self.batch)
         return pieces
 
+    def _after(self, images: int) -> tuple[int, int]:
+        """The position so many images on."""
+        epochs, offset = divmod(self.offset + images, self.count)
+        return self.epoch + epochs, offset
+
     def next(self) -> np.ndarray:
-        """int64 [batch], the numbers of the next batch."""
+        """int64 [share], the numbers of this rank's share of the next batch."""
         parts = []
         for epoch, start, stop in self.pieces():
             if self._order[0] != epoch:
@@ -86,21 +102,17 @@ class Sampler:
         self.epoch, self.offset = state["epoch"], state["offset"]
 
 
-class ResidentFeed:
-    """Batches from a set that lies on the device as a whole.
+class Feed:
+    """Where the step's batches come from.
 
-    On a CPU the memory map itself is used, so that nothing is read before it is needed and nothing
-    twice. On a GPU the set is uploaded once, and each epoch's order once: a batch is then a slice
-    of it, and no step waits for the host.
+    Attributes:
+        images: uint8 [N, H, W, 3] on the device, what the batches index.
     """
 
-    def __init__(
-        self, images: np.ndarray, batch: int, seed: int, device: torch.device | str
-    ) -> None:
-        self.device = torch.device(device)
-        self._sampler = Sampler(len(images), batch, seed)
-        self._orders: dict[int, torch.Tensor] = {}  # by epoch, those of the last batch
-        self.images = _resident(images, self.device)
+    images: torch.Tensor
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
 
     @property
     def epoch(self) -> int:
@@ -108,18 +120,41 @@ class ResidentFeed:
         return self._sampler.epoch
 
     def next(self) -> Batch:
-        """The next batch. Its index may be a view of the epoch's order: not to be written to."""
+        """The next batch. Its index is not to be written to, its images are good until the next."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: all that has to be kept to go on from here."""
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position; `ValueError` for one that cannot be."""
+        self._sampler.load_state_dict(state)
+
+    def close(self) -> None:
+        """End what works ahead."""
+
+
+class ResidentFeed(Feed):
+    """Batches from a set that lies on the device as a whole.
+
+    On a CPU the memory map itself is used, so that nothing is read before it is needed and nothing
+    twice. On a GPU the set is uploaded once, and each epoch's order once: a batch is then a slice
+    of it, and no step waits for the host.
+    """
+
+    def __init__(self, images: np.ndarray, sampler: Sampler, device: torch.device) -> None:
+        super().__init__(sampler)
+        self.device = device
+        self._orders: dict[int, torch.Tensor] = {}  # by epoch, those of the last batch
+        self.images = _resident(images, device)
+
+    def next(self) -> Batch:
         pieces = self._sampler.pieces()
         epochs = {epoch for epoch, _, _ in pieces}
         self._orders = {epoch: self._order(epoch) for epoch in epochs}
         parts = [self._orders[epoch][start:stop] for epoch, start, stop in pieces]
         return Batch(self.images, parts[0] if len(parts) == 1 else torch.cat(parts))
-
-    def state_dict(self) -> dict[str, int]:
-        return self._sampler.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sampler.load_state_dict(state)
 
     def _order(self, epoch: int) -> torch.Tensor:
         if epoch in self._orders:
@@ -131,11 +166,16 @@ class ResidentFeed:
         return order.to(self.device)
 
 
-def _resident(images: np.ndarray, device: torch.device) -> torch.Tensor:
+def as_tensor(images: np.ndarray) -> torch.Tensor:
+    """A read-only array, such as a map, as a tensor of the same memory."""
     with warnings.catch_warnings():
         # "not writable": nothing here writes to the images, and the map is read-only on purpose
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        host = torch.from_numpy(images)
+        return torch.from_numpy(images)
+
+
+def _resident(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    host = as_tensor(images)
     if device.type == "cpu":
         return host
     try:
@@ -155,5 +195,5 @@ def _no_room(host: torch.Tensor, device: torch.device) -> str:
         "the set does not fit on the GPU: "
         f"{count:,} images x {height} x {width} x {channels} bytes "
         f"= {host.numel() / 1e9:,.1f} GB, and {free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free; "
-        "lower --size, give fewer images, or end what else is using the GPU"
+        "--loader stream sends them batch by batch"
     )

@@ -1,39 +1,44 @@
-"""Find the images of a source: all files of a folder with an image's suffix, in a fixed order."""
+"""Find the images of a source: all files of a folder, or members of a zip, with an image's suffix,
+in one fixed order.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import warn
 from ..errors import UsageError
+from .archive import list_archive
+from .image_file import ImageFile
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "pgm", "ppm", "pnm")
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """One file that looks like an image by its name; nothing has been read from it yet."""
-
-    name: str  # relative to the searched folder, with `/`
-    path: Path
-    size_bytes: int
-    mtime_ns: int
+JPEG_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif")
+SUFFIXES = (*JPEG_SUFFIXES, "png", "webp", "bmp", "tif", "tiff", "pgm", "ppm", "pbm", "pnm")
 
 
-def find_images(folder: Path, flag: str = "--data") -> list[ImageFile]:
-    """All images in `folder` and below it, ordered by the bytes of their names.
+def find_images(source: Path, flag: str = "--data") -> list[ImageFile]:
+    """All images of a folder, in depth, or of a zip, ordered by the bytes of their names.
 
-    Hidden files and folders are passed over. Links are followed; a folder that several links (or a
-    loop of them) lead to is read once. A link to nothing is listed with size 0, so that whoever
-    reads it can say so. Raises `UsageError` naming `flag` where there is no such folder, or no
-    image in it.
+    Hidden files and folders are passed over. Links are followed in a folder, which is read once
+    however many links (or a loop of them) lead to it; a link to nothing is listed with its fault.
+    Raises `UsageError` naming `flag` where there is no such source, or no image in it.
     """
-    if not os.path.isdir(folder):
-        what = "it is a file" if os.path.exists(folder) else "no such path"
-        raise UsageError(f"{flag} must be a folder of images, a cache or faces:N; {what}: {folder}")
+    if os.path.isdir(source):
+        found = _in_folder(source, flag)
+    elif source.suffix.lower() == ".zip" and os.path.isfile(source):
+        found = list_archive(str(source), SUFFIXES, flag)
+    else:
+        what = "it is a file" if os.path.exists(source) else "no such path"
+        raise UsageError(
+            f"{flag} must be a folder of images, a .zip, a cache or faces:N; {what}: {source}"
+        )
+    if not found:
+        raise UsageError(f"{flag}: no images ({', '.join(SUFFIXES)}) in {source}")
+    return sorted(found, key=lambda image: os.fsencode(image.name))
+
+
+def _in_folder(folder: Path, flag: str) -> list[ImageFile]:
     found: list[ImageFile] = []
     visited: set[tuple[int, int]] = set()
     waiting = [("", folder)]
@@ -49,19 +54,20 @@ def find_images(folder: Path, flag: str = "--data") -> list[ImageFile]:
             continue
         for entry in entries:
             info = _stat(entry)
-            if info is not None and stat.S_ISDIR(info.st_mode):
+            if info is None or stat.S_ISREG(info.st_mode):
+                if os.path.splitext(entry.name)[1][1:].lower() in SUFFIXES:
+                    found.append(_listed(prefix + entry.name, entry.path, info))
+            elif stat.S_ISDIR(info.st_mode):
                 below.append((f"{prefix}{entry.name}/", here / entry.name))
-            elif os.path.splitext(entry.name)[1][1:].lower() not in SUFFIXES:
-                continue
-            elif info is None:
-                found.append(ImageFile(prefix + entry.name, here / entry.name, 0, 0))
-            elif stat.S_ISREG(info.st_mode):  # a pipe or a socket would block its reader
-                path = here / entry.name
-                found.append(ImageFile(prefix + entry.name, path, info.st_size, info.st_mtime_ns))
+            # the rest are pipes and sockets, which would block their reader
         waiting.extend(reversed(below))  # the first of them is on top
-    if not found:
-        raise UsageError(f"{flag}: no images ({', '.join(SUFFIXES)}) in {folder}")
-    return sorted(found, key=lambda image: os.fsencode(image.name))
+    return found
+
+
+def _listed(name: str, path: str, info: os.stat_result | None) -> ImageFile:
+    if info is None:
+        return ImageFile(name, path, 0, 0, fault="unreadable: a link that leads to no file")
+    return ImageFile(name, path, info.st_size, info.st_mtime_ns)
 
 
 def _entries(folder: Path, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:

@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..console import say
+from .. import lock
+from ..config import DataOptions
+from ..console import bar, say
+from ..env import cores
 from ..errors import UsageError
 from ..paths import absolute, slug
-from .build import FACES_SEED, Wanted, build, check_place, identity
+from .build import FACES_SEED, Wanted, build, check_place, pixel_options
 from .cache import (
     FILES,
-    ROW,
     SKIPPED,
     Cache,
     DamagedError,
@@ -25,48 +27,65 @@ from .cache import (
     read_cache,
     summary,
 )
-from .decode import CROP, FILTER
+from .image_file import ImageFile
 from .images import find_images
+from .subset import hold_out, take
+
+DEFAULTS = DataOptions()
 
 
 def prepare(
     source: str,
-    size: int,
+    options: DataOptions,
     *,
     out: Path | None = None,
     root: Path | None = None,
+    verify: bool = False,
     flag: str = "--data",
 ) -> Cache:
-    """The cache of `source` at `size` pixels: opened, used again, or built.
+    """The cache of `source` by `options`: opened, used again, or built.
 
-    `source` is a folder of images, `faces:N`, or a cache, which is opened as it is. `out` names the
-    cache's folder; otherwise it lies in `root` (default: $FASTGAN_CACHE, else fastgan in the user's
-    cache folder). Raises `UsageError`, naming `flag`, --out or --cache, for what the user can mend,
-    and `RunError` for a damaged cache given as the source or a full disk.
+    Args:
+        source: a folder of images, a .zip, `faces:N`, or a cache, which is opened as it is.
+        out: the cache's folder; otherwise it lies in `root` (default: $FASTGAN_CACHE, else fastgan
+            in the user's cache folder).
+        verify: use a cache again only if the files' contents are those it was made from.
+        flag: what the user calls `source`.
+
+    Raises:
+        UsageError: naming the flag, for what the user can mend.
+        RunError: a damaged cache is given as the source, or the disk is full.
     """
     folder = Path(absolute(source, flag))
-    if source.startswith("faces:"):
-        wanted = _want_faces(source, size, flag)
-    elif is_cache(folder):
-        return _open_source(folder, size, out, flag)
-    else:
-        wanted = _want_folder(folder, size, flag)
+    if not source.startswith("faces:") and is_cache(folder):
+        return _open_source(folder, options, out, flag)
+    wanted = want(source, options, flag)
     place_flag = "--out" if out is not None else "--cache"
     path = out if out is not None else (root or default_root()) / wanted.folder_name
     path = Path(os.path.realpath(path))  # a link in its place would be in the way of the rename
-    reason = check_place(path, place_flag)
-    if reason is None:
-        return build(wanted, path, flag, place_flag)
+    cache, _ = _reuse(wanted, path, place_flag, verify)
+    if cache is not None:
+        return cache
     try:
-        cache = read_cache(path)
-        reason = _difference(cache, wanted)
-    except DamagedError as damage:
-        reason = f"the cache is damaged: {damage}"
-    if reason:
-        say(f"rebuilding {path}: {reason}")
-        return build(wanted, path, flag, place_flag)
-    say(f"{summary(cache)} (reused)")
-    return cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.alone(path.parent / f".{path.name}.lock", lambda: _say_waiting(path)) as locked:
+            cache, reason = _reuse(wanted, path, place_flag, verify)  # of who was first
+            if cache is not None:
+                return cache
+            if reason:
+                say(f"rebuilding {path}: {reason}")
+            return build(wanted, path, flag, place_flag, alone=locked)
+    except OSError as error:
+        raise UsageError(
+            f"{place_flag}: cannot write the cache {path}: {error.strerror or error}"
+        ) from error
+
+
+def want(source: str, options: DataOptions, flag: str) -> Wanted:
+    """What the cache of a folder, a zip or drawn faces is to hold."""
+    if source.startswith("faces:"):
+        return _want_faces(source, options, flag)
+    return _want_files(Path(absolute(source, flag)), options, flag)
 
 
 def default_root() -> Path:
@@ -81,72 +100,141 @@ def default_root() -> Path:
         ) from None
 
 
-def _open_source(folder: Path, size: int, out: Path | None, flag: str) -> Cache:
+def _reuse(
+    wanted: Wanted, path: Path, place_flag: str, verify: bool
+) -> tuple[Cache | None, str | None]:
+    """The cache at `path` if it serves, else what is wrong with it (None where none is there)."""
+    reason = check_place(path, place_flag)
+    if reason is None:
+        return None, None
+    try:
+        cache = read_cache(path)
+        reason = _difference(cache, wanted) or (_changed_contents(cache, wanted) if verify else "")
+    except DamagedError as damage:
+        reason = f"the cache is damaged: {damage}"
+    if reason:
+        return None, reason
+    say(f"{summary(cache)} (reused)")
+    return cache, ""
+
+
+def _say_waiting(path: Path) -> None:
+    say(f"waiting for another process, which builds {path}")
+
+
+def _open_source(folder: Path, options: DataOptions, out: Path | None, flag: str) -> Cache:
     if out is not None:
         raise UsageError(f"--out cannot be used here: {flag} {folder} is a cache already")
     cache = open_cache(folder, flag)
-    if cache.meta.size != size:
-        raise UsageError(
-            f"{flag}: the cache {folder} holds images of {cache.meta.size} px, but --size is {size}"
-        )
-    say(summary(cache))
+    for key, wish in pixel_options(options).items():
+        held = cache.meta.options.get(key)
+        if key == "size" and wish != held:
+            raise UsageError(
+                f"{flag}: the cache {folder} holds images of {held} px, but --size is {wish}"
+            )
+        if wish not in (held, getattr(DEFAULTS, key)):
+            raise UsageError(
+                f"--{key.replace('_', '-')} {wish} is not what the cache {folder} was made with "
+                f"({held}): prepare another"
+            )
+    framed = [
+        f"{key.replace('_', '-')} {value}"
+        for key, value in cache.meta.options.items()
+        if key != "size" and value != getattr(DEFAULTS, key, None)
+    ]
+    say(f"{summary(cache)}{' (' + ', '.join(framed) + ')' if framed else ''}")
     return cache
 
 
-def _want_faces(source: str, size: int, flag: str) -> Wanted:
+def _want_faces(source: str, options: DataOptions, flag: str) -> Wanted:
     from . import faces
 
     match = re.fullmatch(r"faces:([0-9]+)", source)
     if match is None or int(match[1]) < 1:
         raise UsageError(f"{flag}: faces:N needs a whole number N, 1 or more; got {source}")
+    for key in ("crop", "filter", "min_size", "decoder"):
+        if (value := getattr(options, key)) != getattr(DEFAULTS, key):
+            raise UsageError(f"--{key.replace('_', '-')} {value} does not apply to drawn faces")
     count = int(match[1])
-    digest = _digest("faces", size, [[faces.FACES_VERSION, count, FACES_SEED]])
-    return Wanted(f"faces:{count}", size, count, None, digest, digest, f"faces-{count}-{size}px")
+    numbers = take([str(number) for number in range(count)], options.limit, options.keep)
+    places, held_out = _held_out_last([str(number) for number in numbers], options, source, flag)
+    items = [numbers[at] for at in places]
+    about = ["faces", options.size, faces.FACES_VERSION, count, FACES_SEED]
+    chosen = {key: getattr(options, key) for key in ("limit", "keep", "holdout")}
+    digest = _digest([about, chosen])
+    name = f"faces-{count}-{options.size}px{_mark(chosen)}"
+    return Wanted(f"faces:{count}", options, items, held_out, digest, digest, name)
 
 
-def _want_folder(folder: Path, size: int, flag: str) -> Wanted:
-    files = find_images(folder, flag)
-    source = os.path.realpath(folder)
-    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-    fingerprint = _digest("folder", size, (identity(file) for file in files))
-    timeless = _digest("folder", size, ([file.name, file.size_bytes] for file in files))
-    name = f"{slug(os.path.basename(source), 'images')}-{size}px-{digest}"
-    return Wanted(source, size, len(files), files, fingerprint, timeless, name)
+def _want_files(path: Path, options: DataOptions, flag: str) -> Wanted:
+    files = find_images(path, flag)
+    files = [files[at] for at in take([f.name for f in files], options.limit, options.keep)]
+    places, held_out = _held_out_last([f.name for f in files], options, str(path), flag)
+    files = [files[at] for at in places]
+    source = os.path.realpath(path)
+    wishes = pixel_options(options)
+    rows = [list(file.row().values()) for file in files]
+    fingerprint = _digest([wishes, rows])
+    identity = _digest([wishes, [[*row[:2], *row[3:]] for row in rows]])  # without the times
+    place = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+    stem = slug(Path(source).stem if os.path.isfile(source) else Path(source).name, "images")
+    name = f"{stem}-{options.size}px-{place}{_mark(wishes)}"
+    return Wanted(source, options, files, held_out, fingerprint, identity, name)
 
 
-def _digest(kind: str, size: int, items: Iterable[list[Any]]) -> str:
-    digest = hashlib.sha256(json.dumps([kind, CROP, FILTER, size]).encode())
-    for item in items:
-        digest.update(json.dumps(item).encode())
-    return digest.hexdigest()
+def _held_out_last(
+    names: list[str], options: DataOptions, source: str, flag: str
+) -> tuple[list[int], int]:
+    """The places of the names with those held out at the end, and how many these are."""
+    apart = hold_out(names, options.holdout)
+    places = sorted(range(len(names)), key=apart.__getitem__)
+    if not names or all(apart):
+        raise UsageError(
+            f"{flag}: no image of {source} is left to train on by --keep {options.keep:g} "
+            f"and --holdout {options.holdout:g}"
+        )
+    return places, sum(apart)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _mark(wishes: dict[str, Any]) -> str:
+    """What tells caches of one source apart in their names; nothing for the defaults."""
+    others = {
+        key: value
+        for key, value in wishes.items()
+        if key != "size" and value != getattr(DEFAULTS, key)
+    }
+    return f"-{_digest(others)[:6]}" if others else ""
 
 
 def _difference(cache: Cache, wanted: Wanted) -> str:
     """Why the cache does not serve, or an empty string."""
-    meta = cache.meta
+    meta, decoder = cache.meta, wanted.options.decoder
     if meta.fingerprint == wanted.fingerprint:
-        return ""
-    if meta.size != wanted.size:
-        return f"it holds images of {meta.size} px, not {wanted.size}"
-    for what, was, now in (("crop", meta.crop, CROP), ("filter", meta.filter, FILTER)):
-        if was != now:
-            return f"the {what} is {now} now, was {was}"
+        if wanted.drawn or decoder in ("auto", meta.decoder):
+            return ""
+        return f"it was decoded by {meta.decoder}, not {decoder}"
+    wishes = pixel_options(wanted.options)
+    if meta.size != wanted.options.size:
+        return f"it holds images of {meta.size} px, not {wanted.options.size}"
     if meta.source != wanted.source:
         return f"it was made from {meta.source}"
-    if wanted.files is None:
+    for key, now in wishes.items():
+        if (was := meta.options.get(key)) != now:
+            return f"--{key.replace('_', '-')} is {now} now, was {was}"
+    if wanted.drawn:
         return "the drawing code changed"
-    before: dict[str, list[Any]] = {}
-    for name in (FILES, SKIPPED):
-        try:
-            for line in (cache.path / name).read_text(encoding="utf-8").splitlines():
-                file = json.loads(line)
-                before[file["name"]] = [file[key] for key in ROW]
-        except (OSError, ValueError, KeyError, TypeError):
-            return f"the cache is damaged: {name} cannot be read"
-    now_there = {file.name: identity(file) for file in wanted.files}
+    before = _rows(cache)
+    now_there = {file.name: file.row() for file in _files(wanted)}
     added = len(now_there.keys() - before.keys())
     removed = len(before.keys() - now_there.keys())
-    changed = sum(before.get(name, row) != row for name, row in now_there.items())
+    changed = sum(
+        name in before and any(before[name].get(key) != value for key, value in row.items())
+        for name, row in now_there.items()
+    )
     parts = [(added, "added"), (changed, "changed"), (removed, "removed")]
     said = [f"{count:,} {what}" for count, what in parts if count]
     if not said:
@@ -154,3 +242,38 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
     first, *rest = said
     number, what = first.split()
     return ", ".join([f"{number} {'file' if number == '1' else 'files'} {what}", *rest])
+
+
+def _changed_contents(cache: Cache, wanted: Wanted) -> str:
+    """Why the files' contents are not those the cache was made from, or an empty string."""
+    if wanted.drawn:
+        return ""
+    before, files = _rows(cache), _files(wanted)
+    with bar("verifying", len(files)) as progress, ThreadPoolExecutor(cores()) as threads:
+        for done, (file, digest) in enumerate(zip(files, threads.map(_sha256, files), strict=True)):
+            if digest != before[file.name].get("sha256"):
+                return f"the contents of {file.name!a} changed"
+            progress.update(done + 1)
+    return ""
+
+
+def _sha256(file: ImageFile) -> str | None:
+    blob = file.read()
+    return hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
+
+
+def _rows(cache: Cache) -> dict[str, dict[str, Any]]:
+    """The rows of files.jsonl and skipped.jsonl by the files' names."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in (FILES, SKIPPED):
+        try:
+            for line in (cache.path / name).read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                rows[row["name"]] = row
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedError(f"{name} cannot be read") from error
+    return rows
+
+
+def _files(wanted: Wanted) -> list[ImageFile]:
+    return [item for item in wanted.items if isinstance(item, ImageFile)]

@@ -1,5 +1,7 @@
 """The walk over shuffled epochs: complete, resumable anywhere, the same on every run."""
 
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastgan.data import feed
 from fastgan.data.feed import ResidentFeed, Sampler
+from fastgan.data.stream import StreamFeed, from_map
 from fastgan.errors import RunError
 
 counts = st.integers(1, 40)
@@ -84,15 +87,93 @@ def numbered(count, size=2):
     return images
 
 
+def resident_feed(images, batch, seed, device="cpu"):
+    return ResidentFeed(images, Sampler(len(images), batch, seed), torch.device(device))
+
+
+def streamed_feed(images, batch, seed, device="cpu"):
+    sampler = Sampler(len(images), batch, seed)
+    return StreamFeed(from_map(images), images.shape[1], sampler, torch.device(device))
+
+
+def pixels(batch):
+    """What the step gathers, by one pixel of each image."""
+    return batch.images[batch.index][:, 0, 0, 0].tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(counts, batches, st.integers(0, 6), st.integers(1, 4))
+def test_streamed_batches_are_the_resident_ones(count, batch, skipped, steps):
+    images = numbered(count)
+    resident, streamed = (make(images, batch, 7) for make in (resident_feed, streamed_feed))
+    resumed = streamed_feed(images, batch, 7)
+    resumed.next()  # a walk of its own, which it leaves
+    for _ in range(skipped):
+        assert pixels(streamed.next()) == pixels(resident.next())
+    resumed.load_state_dict(streamed.state_dict())
+    for _ in range(steps):
+        expected = pixels(resident.next())
+        for source in (streamed, resumed):
+            assert pixels(source.next()) == expected
+            assert source.state_dict() == resident.state_dict() and source.epoch == resident.epoch
+            assert source.images.shape == (2 * batch, 2, 2, 3)
+    for source in (streamed, resumed):
+        source.close()
+
+
+def test_a_batch_stays_until_the_next_is_asked_for():
+    images = numbered(200)
+    streamed, sampler = streamed_feed(images, 4, 3), Sampler(200, 4, 3)
+    for _ in range(60):
+        batch, expected = streamed.next(), sampler.next() % 256
+        for _ in range(3):
+            assert pixels(batch) == expected.tolist()
+            time.sleep(0.001)  # for the thread to do what it must not
+    streamed.close()
+    assert threading.active_count() == 1
+
+
+def test_what_fails_in_the_thread_is_raised_at_the_step():
+    def fetch(numbers):
+        yield np.zeros((4, 2, 2, 3), np.uint8)
+        raise OSError("the disk is gone")
+
+    streamed = StreamFeed(fetch, 2, Sampler(9, 4, 0), torch.device("cpu"))
+    streamed.next()
+    with pytest.raises(OSError, match="the disk is gone"):
+        streamed.next()
+    streamed.close()
+    assert threading.active_count() == 1
+
+
+@settings(deadline=None)
+@given(counts, st.integers(1, 5), st.sampled_from([1, 2, 3, 4]), st.integers(1, 9))
+def test_ranks_share_the_batches_of_one(count, share, world, steps):
+    alone = Sampler(count, share * world, 5)
+    ranks = [Sampler(count, share * world, 5, rank, world) for rank in range(world)]
+    for _ in range(steps):
+        assert np.array_equal(np.concatenate([rank.next() for rank in ranks]), alone.next())
+        assert all(rank.state_dict() == alone.state_dict() for rank in ranks)
+    regrouped = Sampler(count, share * world, 5)  # as one rank, from where they are
+    regrouped.load_state_dict(ranks[-1].state_dict())
+    assert np.array_equal(regrouped.next(), alone.next())
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 3), (2, 2), (-1, 2), (0, 0)])
+def test_impossible_ranks_are_refused(rank, world):
+    with pytest.raises(ValueError, match="Sampler: (batch must be a multiple of world|world must)"):
+        Sampler(100, 8, 0, rank, world)
+
+
 @settings(deadline=None)
 @given(counts, batches, st.integers(0, 6), st.integers(1, 4))
 def test_resident_batches_are_the_sampler_s(count, batch, skipped, steps):
     sampler = Sampler(count, batch, 7)
-    resident = ResidentFeed(numbered(count), batch, 7, "cpu")
+    resident = resident_feed(numbered(count), batch, 7)
     for _ in range(skipped):
         sampler.next()
         resident.next()
-    resumed = ResidentFeed(numbered(count), batch, 7, "cpu")
+    resumed = resident_feed(numbered(count), batch, 7)
     resumed.load_state_dict(resident.state_dict())
     for _ in range(steps):
         expected = sampler.next()
@@ -109,7 +190,7 @@ def test_the_map_itself_is_resident_on_a_cpu(tmp_path):
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images = ResidentFeed(mapped, 2, 0, torch.device("cpu")).next().images
+        images = resident_feed(mapped, 2, 0).next().images
     assert images.data_ptr() == mapped.ctypes.data
     assert torch.equal(images, torch.from_numpy(numbered(5)))
 
@@ -125,13 +206,31 @@ def test_a_set_too_large_for_the_gpu_is_refused_with_the_arithmetic(monkeypatch)
         feed._resident(images, torch.device("cuda"))
     message = str(caught.value)
     assert "1,000,000 images x 64 x 64 x 3 bytes = 12.3 GB" in message
-    assert "2.5 of 80.0 GB are free" in message and "--size" in message
+    assert "2.5 of 80.0 GB are free" in message and "--loader stream" in message
+
+
+@pytest.mark.gpu
+def test_streamed_batches_on_a_gpu():
+    images = np.random.default_rng(0).integers(0, 256, (5000, 64, 64, 3), np.uint8)
+    streamed, sampler = streamed_feed(images, 256, 3, "cuda"), Sampler(5000, 256, 3)
+    work = torch.randn(2048, 2048, device="cuda")
+    for _ in range(100):
+        batch, expected = streamed.next(), images[sampler.next()]
+        for _ in range(5):
+            work = (work @ work).clamp(-1, 1)  # the step is behind the copies
+        got = batch.images[batch.index]  # queued after it, read when the next copies are under way
+        following = streamed.next()
+        assert np.array_equal(got.cpu().numpy(), expected)
+        assert np.array_equal(
+            following.images[following.index].cpu().numpy(), images[sampler.next()]
+        )
+    streamed.close()
 
 
 @pytest.mark.gpu
 def test_the_set_is_uploaded_whole_in_pieces(monkeypatch):
     monkeypatch.setattr(feed, "UPLOAD_BYTES", 100)  # 8 images of 12 bytes at a time
-    resident = ResidentFeed(numbered(50), 16, 3, "cuda")
+    resident = resident_feed(numbered(50), 16, 3, "cuda")
     sampler = Sampler(50, 16, 3)
     for _ in range(10):
         images, index = resident.next()

@@ -39,7 +39,7 @@ def test_records_what_tells_a_changed_file(tmp_path):
     os.utime(path, ns=(0, 1_234_567_890_123_456_789))
     (image,) = find_images(tmp_path)
     assert (image.size_bytes, image.mtime_ns) == (5, 1_234_567_890_123_456_789)
-    assert image.path.read_bytes() == b"12345"
+    assert image.read() == b"12345"
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
@@ -49,7 +49,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     touch(tmp_path / "z.jpg")
     images = find_images(tmp_path)
     assert [os.fsencode(image.name) for image in images] == [b"z.jpg", b"\xff.jpg"]
-    assert images[1].path.read_bytes() == b"abc"
+    assert images[1].read() == b"abc"
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path):
@@ -62,8 +62,14 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     (data / "file.png").symlink_to(other / "far.png")
     (data / "self.png").symlink_to(data / "self.png")
     (data / "gone.png").symlink_to(tmp_path / "nothing")
-    found = {image.name: image.size_bytes for image in find_images(data)}
-    assert found == {"own.png": 1, "in/far.png": 7, "file.png": 7, "self.png": 0, "gone.png": 0}
+    found = {image.name: image for image in find_images(data)}
+    lost = "unreadable: a link that leads to no file"
+    assert {name: image.size_bytes for name, image in found.items() if not image.fault} == {
+        "own.png": 1,
+        "in/far.png": 7,
+        "file.png": 7,
+    }
+    assert found["self.png"].read() == found["gone.png"].read() == lost
 
 
 def test_pipes_and_sockets_are_no_images(tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""One image of a source: a file, or a member of a zip that is read in place."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+MAX_FILE_BYTES = 1 << 30  # 64 million pixels of 16-bit RGBA are half of this
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where the bytes of a member lie in its zip."""
+
+    offset: int  # of its local header
+    packed_bytes: int
+    deflated: bool  # else stored
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """What looks like an image by its name; nothing has been read from it yet."""
+
+    name: str  # relative to the searched folder or the zip, with `/`
+    path: str  # of the file, or of the zip
+    size_bytes: int
+    mtime_ns: int
+    member: Member | None = None
+    fault: str = ""  # why it is refused unread, or ""
+
+    def row(self) -> dict[str, Any]:
+        """What tells it from other files and from its own earlier contents, as JSON values."""
+        row = {"name": self.name, "size_bytes": self.size_bytes, "mtime_ns": self.mtime_ns}
+        return row if self.member is None else {**row, "crc32": self.member.crc32}
+
+    def read(self) -> bytes | str:
+        """Its bytes, or why there are none: one line, the kind of fault before a colon."""
+        if self.fault:
+            return self.fault
+        if self.size_bytes > MAX_FILE_BYTES:
+            return f"too large: {self.size_bytes:,} bytes, over {MAX_FILE_BYTES:,}"
+        try:
+            with open(self.path, "rb") as file:
+                if self.member is not None:
+                    return _unpack(file, self.member, self.size_bytes)
+                return file.read(MAX_FILE_BYTES)
+        except OSError as error:
+            return f"unreadable: {error.strerror or error}"
+
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
+
+
+def _unpack(file: Any, member: Member, size_bytes: int) -> bytes | str:
+    """A member's bytes; never more than its directory says.
+
+    Not by `zipfile`, which reads the whole directory first: seconds and hundreds of megabytes for
+    a million members, in every process that reads some of them.
+    """
+    file.seek(member.offset)
+    header = file.read(LOCAL_HEADER.size)
+    if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+        return "damaged archive: no member where its directory says"
+    _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
+    file.seek(name_bytes + extra_bytes, 1)
+    blob = file.read(member.packed_bytes)
+    try:
+        if member.deflated:
+            blob = zlib.decompressobj(-zlib.MAX_WBITS).decompress(blob, size_bytes + 1)
+    except zlib.error as error:
+        return f"damaged archive: {error}"
+    if len(blob) != size_bytes or zlib.crc32(blob) != member.crc32:
+        return "damaged archive: the member's checksum does not fit"
+    return bytes(blob)

@@ -1,0 +1,127 @@
+"""A set that is decoded batch by batch while training, without a cache: `--loader dali`.
+
+A file that cannot be decoded is found out only when it is its turn. The next sound one in the set's
+order stands in for it from then on, so that the order of all others, and a resumed run, stay the
+same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from ..config import DataOptions
+from ..console import warn
+from ..errors import UsageError
+from ..paths import absolute
+from .build import Wanted, open_pool, printable
+from .cache import SKIPPED, is_cache
+from .image_file import ImageFile
+from .pool import Decoded
+from .prepare import want
+
+
+class OnTheFly:
+    """The images of a folder or a zip, framed, to train on.
+
+    Raises:
+        UsageError: `source` is something else, or none of its images is left to train on.
+    """
+
+    def __init__(self, source: str, options: DataOptions, flag: str = "--data") -> None:
+        if source.startswith("faces:") or is_cache(Path(absolute(source, flag))):
+            raise UsageError(
+                f"--loader dali needs a folder of images or a .zip; {flag} is {source}"
+            )
+        self._wanted: Wanted = want(source, options, flag)
+        files = [item for item in self._wanted.items if isinstance(item, ImageFile)]
+        self._files = files[: len(files) - self._wanted.held_out]
+        self._flag = flag
+        self.size, self.count, self.identity = options.size, len(self._files), self._wanted.identity
+        self._stand_ins: dict[int, int] = {}  # row of a refused file: row of the one in its place
+        self._refused: set[int] = set()
+        self._list: Path | None = None
+        self._listed: set[str] = set()
+        self._pool = open_pool(options, self._files)
+
+    def __str__(self) -> str:
+        return f"{self.count:,} images of {self._wanted.source}, framed to {self.size} px"
+
+    @property
+    def decoder(self) -> str:
+        return self._pool.name
+
+    def list_refused_in(self, folder: Path) -> None:
+        """Refused files are appended to skipped.jsonl in this folder, each once."""
+        self._list = folder / SKIPPED
+        with suppress(FileNotFoundError):
+            lines = self._list.read_text("utf-8").splitlines()
+            self._listed = {json.loads(line)["name"] for line in lines}
+
+    def fetch(self, numbers: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The pixels of batch after batch: int64 [B] -> uint8 [B, size, size, 3]."""
+        asked: deque[list[int]] = deque()
+
+        def files() -> Iterator[list[ImageFile]]:
+            for rows in numbers:
+                asked.append([self._stand_ins.get(row, row) for row in rows.tolist()])
+                yield [self._files[row] for row in asked[-1]]
+
+        for decoded in self._pool.run(files()):
+            yield self._complete(asked.popleft(), decoded)
+
+    def pictures(self, rows: np.ndarray) -> np.ndarray:
+        """The images of these rows: uint8 [n, size, size, 3]."""
+        return next(self.fetch(iter([rows])))
+
+    def close(self) -> None:
+        """End the decoders."""
+        self._pool.close()
+
+    def _complete(self, rows: list[int], decoded: Decoded) -> np.ndarray:
+        squares = iter(decoded.squares)
+        return np.stack(
+            [
+                next(squares) if reason is None else self._instead(row, reason)
+                for row, reason in zip(rows, decoded.reasons, strict=True)
+            ]
+        )
+
+    def _instead(self, row: int, reason: str) -> np.ndarray:
+        """The square of the next sound file after a refused one."""
+        if row in self._stand_ins:  # asked for before it was known
+            return self._pool.one(self._files[self._stand_ins[row]]).squares[0]
+        self._refuse(row, reason)
+        other = row
+        while True:
+            other = (other + 1) % self.count
+            if other in self._refused:
+                continue
+            decoded = self._pool.one(self._files[other])
+            if decoded.reasons[0] is None:
+                self._stand_ins[row] = other
+                return decoded.squares[0]
+            self._refuse(other, decoded.reasons[0])
+
+    def _refuse(self, row: int, reason: str) -> None:
+        file = self._files[row]
+        what = f"{printable(file.name)}: {reason}"
+        if self._wanted.options.on_bad == "stop":
+            raise UsageError(f"{self._flag}: {what} (--on-bad skip puts others in their place)")
+        self._refused.add(row)
+        if len(self._refused) == 1:
+            where = f"; all such are listed in {self._list}" if self._list else ""
+            warn(f"{what}: the next image stands in for it{where}")
+        if self._list is not None and file.name not in self._listed:
+            with open(self._list, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({**file.row(), "reason": reason}) + "\n")
+        if 2 * len(self._refused) > self.count:
+            raise UsageError(
+                f"{self._flag}: more than half of the {self.count:,} images in "
+                f"{self._wanted.source} are refused, as {what}"
+            )

@@ -1,0 +1,249 @@
+"""Decoding in other processes: the same squares whoever does it, and nothing that a file does
+reaches this one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from odd_files import odd_files, write_odd_files
+from test_decode import HERE, encode, needs_dali, picture
+
+from fastgan.data import pool as pool_module
+from fastgan.data.decode import open_decoder
+from fastgan.data.image_file import ImageFile
+from fastgan.data.images import find_images
+from fastgan.data.pool import DecodePool, batches
+from fastgan.errors import RunError
+from fastgan.framing import Framing
+
+both = pytest.mark.parametrize("name", HERE)
+
+
+def write(folder, blobs):
+    files = []
+    for i, blob in enumerate(blobs):
+        path = folder / f"{i:05d}.png"
+        path.write_bytes(blob)
+        files.append(ImageFile(path.name, str(path), len(blob), 0))
+    return files
+
+
+def outcomes(pool, files, width=4):
+    """For each file its square or its reason."""
+    found = []
+    for decoded in pool.run(files[at : at + width] for at in range(0, len(files), width)):
+        squares = iter(decoded.squares)
+        found += [next(squares) if reason is None else reason for reason in decoded.reasons]
+        assert next(squares, None) is None
+    return found
+
+
+@both
+def test_squares_are_those_of_the_decoder_for_any_number_of_processes(name, tmp_path, monkeypatch):
+    blobs = [encode(picture(30 + i % 7, 40 - i % 5, i)) for i in range(40)]
+    expected = np.stack(open_decoder(Framing(16), [name], 1)[0].decode(blobs))
+    files = write(tmp_path, blobs)
+    for count, width in ((1, 40), (2, 3), (5, 7)):
+        monkeypatch.setattr(pool_module, "cores", lambda count=count: count)
+        with DecodePool(Framing(16), name) as pool:
+            assert np.array_equal(np.stack(outcomes(pool, files, width)), expected)
+            assert sum(worker is not None for worker in pool._workers) == count
+
+
+@both
+def test_a_folder_of_odd_and_broken_files(name, tmp_path, capfd):
+    """Of every one the pixels it was made of, or why not; and silence."""
+    odd = {file.name: file for file in write_odd_files(tmp_path)}
+    files = find_images(tmp_path)
+    assert [file.name for file in files] == sorted(odd, key=os.fsencode) and len(odd) > 125
+    framing = Framing(32, crop="none")
+    with DecodePool(framing, name) as pool:
+        found = dict(zip(odd, [], strict=False))
+        for file, outcome in zip(files, outcomes(pool, files, 64), strict=True):
+            found[file.name] = outcome
+    sound = open_decoder(framing, ["pillow"], 1)[0]
+    wrong = []
+    for at, file in odd.items():
+        if file.pixels is None:
+            fits = isinstance(found[at], str) and found[at].startswith(file.reason)
+        else:
+            expected = sound.decode_one(encode(file.pixels)).astype(int)
+            apart = np.abs(found[at] - expected)[2:-2, 2:-2]
+            fits = apart.max() <= file.tolerance + 1
+        if not fits:
+            wrong.append(f"{at!r}: {found[at]}")
+    assert not wrong, "\n".join(wrong)
+    assert capfd.readouterr() == ("", "")
+
+
+@both
+def test_two_thousand_damaged_files(name, tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    whole = [file.blob for file in odd_files() if file.pixels is not None and file.tolerance < 9]
+    files = write(tmp_path, [damaged(whole[i % len(whole)], rng) for i in range(2000)])
+    with DecodePool(Framing(16), name) as pool:
+        outcomes(pool, files[:8])
+        workers = [worker._process.pid for worker in pool._workers]
+        began = time.monotonic()
+        found = outcomes(pool, files, 50)
+        seconds = time.monotonic() - began
+        assert [worker._process.pid for worker in pool._workers] == workers  # none has died
+    refused = [outcome for outcome in found if isinstance(outcome, str)]
+    assert len(found) == 2000 and 200 < len(refused) < 1990
+    assert all(reason.isprintable() and len(reason) < 200 for reason in refused)
+    assert seconds < 120
+    assert capfd.readouterr() == ("", "")
+
+
+def damaged(blob, rng):
+    """The bytes with a few of them changed, cut out, doubled, or the end gone."""
+    data = bytearray(blob)
+    for _ in range(rng.integers(1, 6)):
+        at = int(rng.integers(0, max(1, len(data))))
+        length = int(rng.integers(1, 40))
+        match rng.integers(5):
+            case 0:
+                data[at : at + length] = rng.bytes(len(data[at : at + length]))
+            case 1:
+                del data[at : at + length]
+            case 2:
+                data[at:at] = data[at : at + length]
+            case 3:
+                data[at : at + 4] = b"\x7f\xff\xff\xff"[: len(data[at : at + 4])]
+            case 4:
+                del data[at:]
+    return bytes(data)
+
+
+@pytest.fixture
+def bad_worker(monkeypatch):
+    monkeypatch.setattr(pool_module, "WORKER", "bad_worker")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(pool_module, "cores", lambda: 2)
+
+
+def test_whoever_harms_the_decoder_is_refused_alone(bad_worker, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(pool_module, "BATCH_LIMIT_S", 1.0)
+    monkeypatch.setattr(pool_module, "FILE_LIMIT_S", 0.5)
+    sound = [encode(picture(20, 20, i)) for i in range(30)]
+    harm = {3: b"crash", 8: b"hang", 9: b"exit", 17: b"memory", 18: b"print", 29: b"crash"}
+    files = write(tmp_path, [harm.get(i, blob) for i, blob in enumerate(sound)])
+    expected = open_decoder(Framing(16), ["pillow"], 1)[0].decode(sound)
+    with DecodePool(Framing(16), "pillow") as pool:
+        found = outcomes(pool, files)
+    reasons = {i: found[i] for i in harm}
+    assert reasons == {
+        3: "crashes: its decoder died of SIGSEGV",
+        8: "hangs: its decoder was not done after 0 s",
+        9: "crashes: its decoder died of exit code 3",
+        17: "too large: its decoder asks for more memory than it may have",
+        18: "not an image",
+        29: "crashes: its decoder died of SIGSEGV",
+    }
+    assert all(np.array_equal(found[i], expected[i]) for i in range(30) if i not in harm)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_mistake_in_the_worker_is_not_laid_to_a_file(bad_worker, tmp_path, monkeypatch):
+    with (
+        DecodePool(Framing(16), "pillow") as pool,
+        pytest.raises(RuntimeError, match="ZeroDivisionError: a mistake of ours"),
+    ):
+        outcomes(pool, write(tmp_path, [b"fault"]))
+    monkeypatch.setattr(pool_module, "WORKER", "no_such_module")
+    with pytest.raises(RunError, match="the process that decodes cannot be started"):
+        DecodePool(Framing(16))
+
+
+def test_what_is_left_in_the_middle_disturbs_nothing_later(tmp_path):
+    blobs = [encode(picture(20, 20, i)) for i in range(24)]
+    files = write(tmp_path, blobs)
+    with DecodePool(Framing(16), "pillow") as pool:
+        for _ in range(3):
+            run = pool.run([file] for file in files)
+            next(run)
+            run.close()
+        expected = open_decoder(Framing(16), ["pillow"], 1)[0].decode(blobs)
+        assert np.array_equal(np.stack(outcomes(pool, files)), np.stack(expected))
+
+
+def test_no_process_outlives_its_parent(tmp_path):
+    code = (
+        "import time\n"
+        "from fastgan.data.pool import DecodePool\n"
+        "from fastgan.framing import Framing\n"
+        "pool = DecodePool(Framing(16), 'pillow')\n"
+        "print(pool._workers[0]._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists() or "Z" in state(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker went on without its parent")
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_a_worker_never_imports_torch(tmp_path):
+    """Whose import takes seconds and half a gigabyte, in each of them."""
+    with DecodePool(Framing(16)) as pool:
+        outcomes(pool, write(tmp_path, [encode(picture(20, 20))]))
+        pid = pool._workers[0]._process.pid
+        if not sys.platform.startswith("linux"):
+            pytest.skip("no /proc")
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        rss_mb = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6
+    assert "libtorch" not in mapped and rss_mb < 300
+
+
+def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
+    monkeypatch.setattr(pool_module, "BATCH", 3)
+    monkeypatch.setattr(pool_module, "BATCH_BYTES", 100)
+    sizes = [10, 10, 10, 10, 95, 5, 5, 300, 10]
+    files = [ImageFile(str(i), "", size, 0) for i, size in enumerate(sizes)]
+    assert [[f.size_bytes for f in batch] for batch in batches(files)] == [
+        [10, 10, 10],
+        [10],
+        [95, 5],
+        [5],
+        [300],
+        [10],
+    ]
+    assert list(batches([])) == []
+
+
+def test_the_choice_of_the_decoder(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with DecodePool(Framing(16)) as pool:
+        assert (pool.name, pool.why.partition(";")[0]) == (HERE[-1], pool_module.NO_GPU)
+    with pytest.raises(RunError, match="--decoder dali-gpu: torch sees no NVIDIA GPU"):
+        DecodePool(Framing(16), "dali-gpu")
+
+
+@needs_dali
+def test_a_gpu_that_dali_cannot_use_is_passed_over(monkeypatch):
+    if pool_module.torch.cuda.is_available():
+        pytest.skip("it can use this one")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with DecodePool(Framing(16)) as pool:
+        assert pool.name == "dali-cpu" and "it fails on a known JPEG" in pool.why
+    with pytest.raises(RunError, match="no dali-gpu: it fails on a known JPEG"):
+        DecodePool(Framing(16), "dali-gpu")
