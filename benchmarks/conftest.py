@@ -14,11 +14,12 @@ import harness
 import pytest
 import torch
 
-from fastgan.env import environment
+from fastgan.env import environment, machine_line
 
 RESULTS = Path(__file__).parent / "results"
 RECORDS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 CEILINGS = pytest.StashKey[dict[str, float]]()
+MACHINE = pytest.StashKey[str]()
 SKIPPED = (
     "not measured, for lack of an NVIDIA GPU: the Triton kernels, bfloat16 and float16, large "
     "batches, CUDA graphs, shares of the ceilings; nothing is recorded"
@@ -28,6 +29,13 @@ SKIPPED = (
 def pytest_addoption(parser):
     parser.addoption(
         "--records", default=str(RESULTS), help="folder of the records that a GPU's figures go to"
+    )
+    parser.addoption(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="how many times as many files the data path is measured on; below 1 only to try it: "
+        "nothing is recorded",
     )
 
 
@@ -70,9 +78,17 @@ def matmul_tflops(device, pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def machine(device):
+def machine(device, pytestconfig):
     """What the record says of where it was made."""
-    return environment(device)
+    found = environment(device)
+    tree = f"{found['commit']}{'' if found['clean'] else ', changed'}"
+    pytestconfig.stash[MACHINE] = f"{machine_line(device)}, torch {found['torch']}, commit {tree}"
+    return found
+
+
+@pytest.fixture(scope="session")
+def scale(pytestconfig):
+    return pytestconfig.getoption("scale")
 
 
 @pytest.fixture
@@ -96,7 +112,7 @@ def record_rows(request, pytestconfig, device, machine, copy_gbps, matmul_tflops
         taken = [row for row in records.get(name, []) if row["test"] != test]
         taken += [{"test": test, **row} for row in rows]
         records[name] = taken
-        if device.type != "cuda":
+        if device.type != "cuda" or pytestconfig.getoption("scale") < 1:
             return
         content = {
             "date": time.strftime("%Y-%m-%d"),
@@ -117,6 +133,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(name)
         for line in table(rows):
             terminalreporter.write_line(line)
+    if MACHINE in config.stash:
+        terminalreporter.write_line(config.stash[MACHINE])
     if ceilings := config.stash[CEILINGS]:
         terminalreporter.write_line(", ".join(f"{k} {v:,.0f}" for k, v in ceilings.items()))
     elif config.stash[RECORDS]:

@@ -25,6 +25,7 @@ from fastgan.models import Discriminator, Generator
 from fastgan.optim import Ema, Trained
 from fastgan.reference import Reference, make_discriminator, make_generator
 from fastgan.step import Step, frozen
+from fastgan.trainer import Trainer
 
 LR, BETAS, SEED = 2e-4, (0.5, 0.999), 7
 Networks, Adams = Sequence[nn.Module], Sequence[torch.optim.Optimizer]
@@ -245,6 +246,17 @@ class Ours(Contender):
         self.precision = precision_of(low, device)
         call = Graphed(self.step, data.batch, self.step.tensors(), random) if graph else self.step
         self.advance = lambda: call(data.batch)
+
+
+class OfTrainer(Contender):
+    """The trainer's own step, to be checked."""
+
+    def __init__(self, trainer: Trainer, batch: Batch) -> None:
+        step = trainer.step
+        self.networks = step.g.network, step.d.network
+        self.adams, self.latents = (step.g.adam, step.d.adam), step.latents
+        self.precision = precision_of(trainer.modes.low, trainer.device)
+        self.advance = lambda: trainer.advance(batch)
 
 
 def check_rate(case: Case) -> float:

@@ -12,11 +12,10 @@ import time
 import harness
 import pytest
 import torch
-from contenders import Case, Contender, check, precision_of
+from contenders import Case, OfTrainer, check
 
 from fastgan.cli import main
 from fastgan.config import TrainConfig
-from fastgan.data.feed import Batch
 from fastgan.data.prepare import prepare
 from fastgan.modes import pick_modes
 from fastgan.trainer import Trainer
@@ -31,17 +30,6 @@ WAYS = {"--amp --compile": {"amp": True, "compile": True}, "--amp": {"amp": True
 if not GPU:
     WAYS = {"": {}}
 KIMG = 1500 if GPU else 1
-
-
-class OfTrainer(Contender):
-    """The trainer's own step, to be checked."""
-
-    def __init__(self, trainer: Trainer, batch: Batch) -> None:
-        step = trainer.step
-        self.networks = step.g.network, step.d.network
-        self.adams, self.latents = (step.g.adam, step.d.adam), step.latents
-        self.precision = precision_of(trainer.modes.low, trainer.device)
-        self.advance = lambda: trainer.advance(batch)
 
 
 @pytest.mark.usefixtures("compile_anew")

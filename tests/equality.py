@@ -80,6 +80,7 @@ def make_step(
     device: str = "cpu",
     impl: str = "torch",
     with_ema: bool = False,
+    flip: bool = False,
 ) -> Step:
     """The fast step, its latents seeded as the reference's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -96,6 +97,7 @@ def make_step(
         ema,
         batch=case.batch,
         random=torch.Generator(device).manual_seed(SEED),
+        flip=flip,
         one_pass=one_pass,
         compile=compile,
         impl=impl,

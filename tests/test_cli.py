@@ -3,11 +3,13 @@ mended.
 """
 
 import csv
+import json
 import os
 import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -124,14 +126,15 @@ def test_wrong_data(capsys, tmp_path):
     missing, file, empty = tmp_path / "missing", tmp_path / "file.txt", tmp_path / "empty"
     file.write_text("text")
     empty.mkdir()
-    assert f"--data must be a folder of images, a cache or faces:N; no such path: {missing}" in (
-        refused(capsys, "train", "--data", missing, *out)
+    assert (
+        f"--data must be a folder of images, a .zip, a cache or faces:N; no such path: {missing}"
+        in (refused(capsys, "train", "--data", missing, *out))
     )
     assert f"it is a file: {file}" in refused(capsys, "train", "--data", file, *out)
     assert "--data: no images" in refused(capsys, "train", "--data", empty, *out)
     assert "faces:N needs a whole number N" in refused(capsys, "train", "--data", "faces:x", *out)
     (empty / "a.png").write_bytes(b"not an image")
-    assert "none of the 1 images" in refused(capsys, "train", "--data", empty, *out)
+    assert "1 of 1 images in" in refused(capsys, "train", "--data", empty, *out)
     assert "SOURCE" in refused(capsys, "prepare", missing)
     assert not (tmp_path / "runs").exists()  # nothing was left behind
 
@@ -237,6 +240,55 @@ def test_prepare_then_train_from_the_cache(tmp_path, capsys):
     assert "24 images of 32 px" in capsys.readouterr().out
     said = refused(capsys, "train", "--data", cache, "--size", "64", "--out", tmp_path / "runs")
     assert "holds images of 32 px, but --size is 64" in said
+
+
+def test_prepare_takes_every_option_and_checks(tmp_path, capsys):
+    folder, cache = tmp_path / "faces", tmp_path / "set"
+    assert main(["faces", "--count", "30", "--size", "50", "--out", str(folder)]) == 0
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    (tmp_path / "plain").mkdir()
+    options = ["--crop", "40x44+2+3", "--filter", "lanczos", "--min-size", "20", "--keep", "0.9"]
+    options += ["--limit", "20", "--holdout", "0.2", "--max-pixels", "5000", "--size", "32"]
+    options += ["--on-bad", "stop", "--decoder", "pillow", "--verify"]
+    assert main(["prepare", str(tmp_path / "faces.zip"), *options, "--out", str(cache)]) == 0
+    meta = json.loads((cache / "meta.json").read_text())
+    assert (meta["count"], meta["options"]["crop"]) == (20, "40x44+2+3") and meta["held_out"]
+    capsys.readouterr()
+    assert main(["prepare", "--check", str(cache)]) == 0
+    assert capsys.readouterr().out.endswith(f"held out in {cache}: whole, by its checksums\n")
+    train = ["--data", str(cache), "--kimg", "0.016", "--out", str(tmp_path / "runs")]
+    assert main(["train", *TINY, *train]) == 0
+    assert (
+        "(crop 40x44+2+3, filter lanczos, min-size 20, max-pixels 5000" in capsys.readouterr().out
+    )
+    said = refused(capsys, "train", *TINY, *train, "--crop", "none")
+    assert "--crop none is not what the cache" in said and "(40x44+2+3)" in said
+    with open(cache / "images.npy", "r+b") as file:
+        file.seek(1000)
+        file.write(b"!")
+    said = refused(capsys, "prepare", "--check", cache, code=1)
+    assert "images.npy is not what was written" in said
+    assert "is not a cache" in refused(capsys, "prepare", "--check", folder)
+
+
+def test_wrong_data_options(capsys, tmp_path):
+    for flag, value, rule in [
+        ("--crop", "12", "must be center, none, WxH or WxH+X+Y in pixels, got '12'"),
+        ("--keep", "0", "greater than 0"),
+        ("--holdout", "1", "less than 1"),
+        ("--min-size", "0", "greater than or equal to 1"),
+        ("--limit", "0", "greater than or equal to 1"),
+        ("--max-pixels", "0", "greater than or equal to 1"),
+    ]:
+        for verb in (["train", "--data"], ["prepare"]):
+            said = refused(capsys, *verb, tmp_path, flag, value)
+            assert rule in said and flag in said
+    out = ["--out", tmp_path / "runs"]
+    said = refused(capsys, "train", "--data", "faces:9", "--loader", "dali", *out)
+    assert "--loader dali needs a folder of images or a .zip; --data is faces:9" in said
+    assert "no such path" in refused(capsys, "train", "--data", tmp_path / "a.zip", *out)
 
 
 def test_sample_writes_a_grid_and_single_files(run, tmp_path, capsys):

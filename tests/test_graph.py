@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {
     "fp32": {},
     "two passes": {"one_pass": False},
+    "flipped": {"flip": True},
     "bf16": {"amp_dtype": torch.bfloat16},
     "fp16": {"amp_dtype": torch.float16},
     "kernels": {"impl": "triton"},

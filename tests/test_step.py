@@ -295,6 +295,25 @@ def test_the_frozen_discriminator_gets_its_gradients_back():
         assert all(p.requires_grad for p in network.parameters())
 
 
+def test_flips_are_fair_and_mirror_left_and_right():
+    step = make_step(CASE, flip=True)
+    seen = []
+    logits = step._logits
+    step._logits = lambda images, groups: (seen.append(images), logits(images, groups))[1]
+    mirrored = []
+    for batch in batches(CASE, 40):
+        step(batch)
+        real = seen[-2][: CASE.batch]
+        plain = as_reference(batch, real.dtype)
+        flips = step.flips < 0.5
+        expected = torch.where(flips.view(-1, 1, 1, 1), plain.flip(3), plain)
+        assert torch.allclose(real, expected, atol=1e-6)
+        mirrored.append(flips)
+    share = torch.cat(mirrored).double().mean()
+    assert abs(share - 0.5) < 5 * 0.5 / (40 * CASE.batch) ** 0.5  # 5 sigma
+    assert len({tuple(flips.tolist()) for flips in mirrored}) > 30  # anew in each step
+
+
 @pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
 def test_the_discriminator_sees_the_configured_pixel_range(pixel_range):
     step = make_step(CASE)

@@ -4,6 +4,7 @@ been.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,55 @@ def test_resume_takes_copied_images_and_refuses_others(tmp_path, capsys):
     (folder / "000000.png").unlink()
     assert main(["train", *flags, "--kimg=0.12"]) == 2
     assert "6 images then, 5 now" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    assert main(["faces", "--count=21", "--size=40", f"--out={folder}"]) == 0
+    return folder
+
+
+def test_every_loader_gives_the_same_run(tmp_path, pictures, capsys):
+    flags = [f for f in FLAGS if not f.startswith("--data")] + ["--device=cpu", "--flip"]
+    flags += [f"--data={pictures}", "--holdout=0.2"]
+    for name in ("resident", "stream", "dali"):
+        out = f"--out={tmp_path / name}"
+        assert main(["train", *flags, out, f"--loader={name}", "--kimg=0.08"]) == 0
+    other = [*flags, f"--out={tmp_path / 'dali'}", "--resume=auto", "--kimg=0.12"]
+    assert main(["train", *other]) == 0  # from one loader to another
+    said = capsys.readouterr().out
+    assert "loader     the set is resident as a memory map" in said
+    assert "loader     the set is streamed from its memory map" in said
+    assert "loader     each batch is decoded on the fly by" in said
+    whole = f"--out={tmp_path / 'whole'}"
+    assert main(["train", *flags, whole, "--kimg=0.12"]) == 0
+    runs = [tensors(only_run(tmp_path / name)) for name in ("resident", "stream", "dali", "whole")]
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+    assert all(torch.equal(runs[3][k], runs[2][k]) for k in runs[3])
+    pictures_ = [only_run(tmp_path / name) / "samples" / "real.png" for name in ("stream", "dali")]
+    assert pictures_[0].read_bytes() == pictures_[1].read_bytes()
+
+
+def test_bad_files_while_training_on_the_fly(tmp_path, pictures, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder)
+    for name in ("000003.png", "000004.png", "000011.png"):
+        (folder / name).write_bytes(b"text")
+    flags = [f for f in FLAGS if not f.startswith("--data")] + ["--device=cpu", "--loader=dali"]
+    flags += [f"--data={folder}", f"--out={tmp_path / 'runs'}"]
+    assert main(["train", *flags, "--kimg=0.08"]) == 0
+    run = only_run(tmp_path / "runs")
+    said = capsys.readouterr().err
+    assert said.count("not an image: the next image stands in for it") == 1
+    assert main(["train", *flags, "--kimg=0.12", "--resume=auto"]) == 0
+    lines = (run / "skipped.jsonl").read_text().splitlines()
+    names = sorted(json.loads(line)["name"] for line in lines)
+    assert names == ["000003.png", "000004.png", "000011.png"]
+    assert main(["train", *flags, "--kimg=0.16", "--resume=auto", "--loader=auto"]) == 2
+    assert "21 images then, 18 now" in capsys.readouterr().err
+    assert main(["train", *flags, "--on-bad=stop", "--kimg=0.04"]) == 2
+    assert "text" not in (said := capsys.readouterr().err) and "--on-bad skip puts others" in said
 
 
 def test_a_run_in_use_is_refused(tmp_path, capsys):

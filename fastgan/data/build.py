@@ -63,7 +63,8 @@ class Wanted:
 
     source: str  # absolute path, or faces:N
     options: DataOptions
-    items: Sequence[ImageFile] | Sequence[int]  # files, or numbers of faces to draw
+    files: Sequence[ImageFile]
+    faces: Sequence[int]  # in their place, the numbers of those to draw
     held_out: int
     fingerprint: str
     identity: str
@@ -74,8 +75,12 @@ class Wanted:
         return self.source.startswith("faces:")
 
     @property
+    def count(self) -> int:
+        return len(self.faces if self.drawn else self.files)
+
+    @property
     def pixel_bytes(self) -> int:
-        return len(self.items) * self.options.size**2 * 3
+        return self.count * self.options.size**2 * 3
 
 
 def check_place(path: Path, flag: str) -> str | None:
@@ -154,7 +159,7 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool
     finally:
         _remove(building)
     seconds = time.monotonic() - began
-    rate = len(wanted.items) / max(seconds, 1e-9)
+    rate = wanted.count / max(seconds, 1e-9)
     by = filled.decoder + (f", {filled.by_pillow:,} by Pillow" if filled.by_pillow else "")
     say(f"{summary(cache)} ({seconds:.1f} s, {rate:,.0f} img/s, {by})")
     filled.report(path)
@@ -200,7 +205,7 @@ class _Filled:
 
     def refuse(self, name: str, reason: str, flag: str) -> None:
         """Count a refusal; `UsageError` where it is one too many."""
-        total = len(self.wanted.items)
+        total = self.wanted.count
         if self.wanted.options.on_bad == "stop":
             raise UsageError(
                 f"{flag}: {printable(name)}: {reason} (--on-bad skip leaves such files out)"
@@ -210,13 +215,13 @@ class _Filled:
             self.examples.append(f"{printable(name)}: {reason}")
         if 2 * self.refused.total() > total:
             raise UsageError(
-                f"{flag}: more than half of the {total:,} images in {self.wanted.source} are "
-                f"refused, as {'; '.join(self.examples)}"
+                f"{flag}: {self.refused.total():,} of {total:,} images in {self.wanted.source} "
+                f"are refused, more than half: {'; '.join(self.examples)}"
             )
 
     def report(self, path: Path) -> None:
         """Say what was refused and why, and what was enlarged."""
-        total, size = len(self.wanted.items), self.wanted.options.size
+        total, size = self.wanted.count, self.wanted.options.size
         if self.refused:
             kinds = self.refused.most_common()
             shown = [f"{count:,} {kind}" for kind, count in kinds[:3]]
@@ -242,7 +247,7 @@ def _fill(filled: _Filled, building: Path, flag: str) -> None:
         open(building / FILES, "w", encoding="utf-8") as kept,
         open(building / SKIPPED, "w", encoding="utf-8") as skipped,
     ):
-        room = len(_npy_header(len(wanted.items), wanted.options.size))
+        room = len(_npy_header(wanted.count, wanted.options.size))
         images.seek(room)
         if wanted.drawn:
             _draw(filled, images)
@@ -260,21 +265,22 @@ def _draw(filled: _Filled, images: IO[bytes]) -> None:
     from . import faces
 
     wanted = filled.wanted
-    numbers = [item for item in wanted.items if isinstance(item, int)]
+    numbers = wanted.faces
     with bar("drawing faces", len(numbers)) as progress:
         for start in range(0, len(numbers), FACES_CHUNK):
             chunk = numbers[start : start + FACES_CHUNK]
-            first, last = min(chunk), max(chunk)
-            rows = faces.factor_rows(first, last - first + 1, FACES_SEED)
-            drawn = faces.render(rows[np.array(chunk) - first], wanted.options.size)
-            filled.write(images, drawn)
+            if isinstance(chunk, range):
+                rows = faces.factor_rows(start, len(chunk), FACES_SEED)
+            else:
+                rows = np.concatenate([faces.factor_rows(n, 1, FACES_SEED) for n in chunk])
+            filled.write(images, faces.render(rows, wanted.options.size))
             progress.update(start + len(chunk))
     filled.count, filled.held_out = len(numbers), wanted.held_out
 
 
 def _decode(filled: _Filled, images: IO[bytes], kept: IO[str], skipped: IO[str], flag: str) -> None:
     wanted = filled.wanted
-    files = [item for item in wanted.items if isinstance(item, ImageFile)]
+    files = wanted.files
     trained = len(files) - wanted.held_out
     done = 0
     with open_pool(wanted.options, files) as pool, bar("decoding", len(files)) as progress:

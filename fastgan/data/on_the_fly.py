@@ -39,8 +39,7 @@ class OnTheFly:
                 f"--loader dali needs a folder of images or a .zip; {flag} is {source}"
             )
         self._wanted: Wanted = want(source, options, flag)
-        files = [item for item in self._wanted.items if isinstance(item, ImageFile)]
-        self._files = files[: len(files) - self._wanted.held_out]
+        self._files = self._wanted.files[: self._wanted.count - self._wanted.held_out]
         self._flag = flag
         self.size, self.count, self.identity = options.size, len(self._files), self._wanted.identity
         self._stand_ins: dict[int, int] = {}  # row of a refused file: row of the one in its place
@@ -96,7 +95,8 @@ class OnTheFly:
         """The square of the next sound file after a refused one."""
         if row in self._stand_ins:  # asked for before it was known
             return self._pool.one(self._files[self._stand_ins[row]]).squares[0]
-        self._refuse(row, reason)
+        if row not in self._refused:  # found out as another's stand-in
+            self._refuse(row, reason)
         other = row
         while True:
             other = (other + 1) % self.count
@@ -122,6 +122,6 @@ class OnTheFly:
                 lines.write(json.dumps({**file.row(), "reason": reason}) + "\n")
         if 2 * len(self._refused) > self.count:
             raise UsageError(
-                f"{self._flag}: more than half of the {self.count:,} images in "
-                f"{self._wanted.source} are refused, as {what}"
+                f"{self._flag}: {len(self._refused):,} of {self.count:,} images in "
+                f"{self._wanted.source} are refused, more than half: {what}"
             )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .images import find_images
 from .subset import hold_out, take
 
 DEFAULTS = DataOptions()
+MOST_CHOSEN = 10_000_000  # drawn faces of which each has a hash: a gigabyte of names
 
 
 def prepare(
@@ -155,15 +157,21 @@ def _want_faces(source: str, options: DataOptions, flag: str) -> Wanted:
     for key in ("crop", "filter", "min_size", "decoder"):
         if (value := getattr(options, key)) != getattr(DEFAULTS, key):
             raise UsageError(f"--{key.replace('_', '-')} {value} does not apply to drawn faces")
-    count = int(match[1])
-    numbers = take([str(number) for number in range(count)], options.limit, options.keep)
-    places, held_out = _held_out_last([str(number) for number in numbers], options, source, flag)
-    items = [numbers[at] for at in places]
-    about = ["faces", options.size, faces.FACES_VERSION, count, FACES_SEED]
+    count, held_out = int(match[1]), 0
     chosen = {key: getattr(options, key) for key in ("limit", "keep", "holdout")}
+    numbers: Sequence[int] = range(count)
+    if chosen != {key: getattr(DEFAULTS, key) for key in chosen}:
+        if count > MOST_CHOSEN:
+            raise UsageError(
+                f"{flag}: N must be at most {MOST_CHOSEN:,} where some are chosen, got {source}"
+            )
+        numbers = take([str(number) for number in numbers], options.limit, options.keep)
+        places, held_out = _held_out_last([str(i) for i in numbers], options, source, flag)
+        numbers = [numbers[at] for at in places]
+    about = ["faces", options.size, faces.FACES_VERSION, count, FACES_SEED]
     digest = _digest([about, chosen])
     name = f"faces-{count}-{options.size}px{_mark(chosen)}"
-    return Wanted(f"faces:{count}", options, items, held_out, digest, digest, name)
+    return Wanted(f"faces:{count}", options, [], numbers, held_out, digest, digest, name)
 
 
 def _want_files(path: Path, options: DataOptions, flag: str) -> Wanted:
@@ -179,7 +187,7 @@ def _want_files(path: Path, options: DataOptions, flag: str) -> Wanted:
     place = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
     stem = slug(Path(source).stem if os.path.isfile(source) else Path(source).name, "images")
     name = f"{stem}-{options.size}px-{place}{_mark(wishes)}"
-    return Wanted(source, options, files, held_out, fingerprint, identity, name)
+    return Wanted(source, options, files, [], held_out, fingerprint, identity, name)
 
 
 def _held_out_last(
@@ -228,7 +236,7 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
     if wanted.drawn:
         return "the drawing code changed"
     before = _rows(cache)
-    now_there = {file.name: file.row() for file in _files(wanted)}
+    now_there = {file.name: file.row() for file in wanted.files}
     added = len(now_there.keys() - before.keys())
     removed = len(before.keys() - now_there.keys())
     changed = sum(
@@ -248,7 +256,7 @@ def _changed_contents(cache: Cache, wanted: Wanted) -> str:
     """Why the files' contents are not those the cache was made from, or an empty string."""
     if wanted.drawn:
         return ""
-    before, files = _rows(cache), _files(wanted)
+    before, files = _rows(cache), wanted.files
     with bar("verifying", len(files)) as progress, ThreadPoolExecutor(cores()) as threads:
         for done, (file, digest) in enumerate(zip(files, threads.map(_sha256, files), strict=True)):
             if digest != before[file.name].get("sha256"):
@@ -273,7 +281,3 @@ def _rows(cache: Cache) -> dict[str, dict[str, Any]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{name} cannot be read") from error
     return rows
-
-
-def _files(wanted: Wanted) -> list[ImageFile]:
-    return [item for item in wanted.items if isinstance(item, ImageFile)]
