@@ -36,7 +36,7 @@ GPU = torch.cuda.is_available()
 FFHQ_IMAGES, FFHQ_FOLDER = 70_000, 1000
 EDGE = 64 if GPU else 32  # of the square, and of its file, which nothing then changes
 GOAL_MS = 1000  # to the first batch, when all is imported
-ROUNDS = 5
+ROUNDS = 3
 SHAPE: dict[str, Any] = {"size": 64, "batch": 128, "amp": True, "compile": True}
 IMAGES = 20_000 if GPU else 1000
 if not GPU:  # a step so small that the feed matters
@@ -120,7 +120,7 @@ def test_feeds(scale, device, record_rows, benchmark, tmp_path):
         for name, trainer in trainers.items():
             calls[name] = lambda t=trainer: t.advance(t.feed.next())
             calls[f"{name} feed"] = trainer.feed.next
-        how = (1.0, ROUNDS) if scale >= 1 else (0.05, 1)
+        how = (0.5, ROUNDS) if scale >= 1 else (0.05, 1)
         seconds = benchmark.pedantic(_stretches, args=(calls, device, *how), rounds=1)
     rates = {name: [batch / s for s in found] for name, found in seconds.items()}
     rows = []

@@ -1,1 +1,1 @@
-"""From images to batches: find, decode, cache, feed; and the drawn faces."""
+"""From images in any form to batches on the device: see loader.py, prepare.py, pool.py, feed.py."""

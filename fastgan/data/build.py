@@ -8,18 +8,15 @@ deleted.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import io
 import json
-import os
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +26,7 @@ import numpy as np
 from .. import __version__
 from ..config import DataOptions
 from ..console import bar, say, warn
-from ..durable import flush, flush_folder
+from ..durable import flush
 from ..errors import RunError, UsageError
 from ..framing import Framing
 from .cache import (
@@ -40,75 +37,17 @@ from .cache import (
     META,
     SKIPPED,
     Cache,
-    DamagedError,
     Meta,
     file_digest,
-    is_cache,
-    read_cache,
     summary,
 )
 from .image_file import ImageFile
 from .images import JPEG_SUFFIXES
+from .place import install, meta_text, printable, remove, sibling, sweep
 from .pool import NO_GPU, DecodePool, batches
+from .wanted import FACES_SEED, Wanted, pixel_options
 
-# of DataOptions: `on_bad` says when to stop, and decoders agree
-PIXEL_OPTIONS = set(DataOptions.model_fields) - {"on_bad", "decoder"}
-FACES_SEED = 0
 FACES_CHUNK = 512  # drawn at a time
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a cache is to hold: the first rows to train on, then `held_out` others."""
-
-    source: str  # absolute path, or faces:N
-    options: DataOptions
-    files: Sequence[ImageFile]
-    faces: Sequence[int]  # in their place, the numbers of those to draw
-    held_out: int
-    fingerprint: str
-    identity: str
-    folder_name: str
-
-    @property
-    def drawn(self) -> bool:
-        return self.source.startswith("faces:")
-
-    @property
-    def count(self) -> int:
-        return len(self.faces if self.drawn else self.files)
-
-    @property
-    def pixel_bytes(self) -> int:
-        return self.count * self.options.size**2 * 3
-
-
-def check_place(path: Path, flag: str) -> str | None:
-    """None where nothing is in the way; "" where a cache is; raises for whatever else there is.
-
-    A folder is only ever replaced when everything in it was written here: nobody's own files are
-    deleted.
-    """
-    for parent in path.parents:
-        if os.path.isdir(parent):
-            break
-        if os.path.lexists(parent):
-            raise UsageError(f"{flag}: cannot make the cache {path}: {parent} is a file")
-    if not os.path.lexists(path):
-        return None
-    if not path.is_dir():
-        raise UsageError(f"{flag} must be a folder to write a cache to; {path} is a file")
-    names = set(os.listdir(path))
-    if not names:
-        return None
-    foreign = sorted(names - {IMAGES, FILES, SKIPPED, META})
-    if foreign or not is_cache(path):
-        shown = ", ".join(printable(name) for name in (foreign or sorted(names))[:3])
-        raise UsageError(
-            f"{flag} must be a new folder, an empty one or a cache; "
-            f"{path} holds other files ({shown})"
-        )
-    return ""
 
 
 def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool = False) -> Cache:
@@ -120,11 +59,11 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool
         UsageError: `path` cannot be written, or none of the images can be decoded.
         RunError: the disk is too small or fails.
     """
-    building, replaced = _sibling(path, "building"), _meta_text(path)
+    building, replaced = sibling(path, "building"), meta_text(path)
     began = time.monotonic()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path, alone)
+        sweep(path, alone)
         _check_room(wanted, path, place_flag)
         building.mkdir()
     except OSError as error:
@@ -151,24 +90,19 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool
         with open(building / META, "w", encoding="utf-8") as file:
             file.write(json.dumps(text, indent=1) + "\n")
             flush(file)
-        cache = _install(building, path, wanted.fingerprint, replaced)
+        cache = install(building, path, wanted.fingerprint, replaced)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"writing the cache {path} failed: {error}") from error
         raise RunError(_no_room(wanted, path, place_flag)) from error
     finally:
-        _remove(building)
+        remove(building)
     seconds = time.monotonic() - began
     rate = wanted.count / max(seconds, 1e-9)
     by = filled.decoder + (f", {filled.by_pillow:,} by Pillow" if filled.by_pillow else "")
     say(f"{summary(cache)} ({seconds:.1f} s, {rate:,.0f} img/s, {by})")
     filled.report(path)
     return cache
-
-
-def pixel_options(options: DataOptions) -> dict[str, Any]:
-    """The options that the contents of a cache depend on."""
-    return options.model_dump(include=PIXEL_OPTIONS)
 
 
 def _check_room(wanted: Wanted, path: Path, place_flag: str) -> None:
@@ -322,86 +256,8 @@ def open_pool(options: DataOptions, files: Sequence[ImageFile]) -> DecodePool:
     return pool
 
 
-def _meta_text(path: Path) -> bytes | None:
-    try:
-        return (path / META).read_bytes()
-    except OSError:
-        return None
-
-
-def _install(building: Path, path: Path, fingerprint: str, replaced: bytes | None) -> Cache:
-    """Rename a finished cache into place, where one with the meta.json `replaced` may be.
-
-    Of two that finish at once, the second finds the first one's and drops its own.
-    """
-    flush_folder(building)
-    # opened here: once in place, it may be replaced again
-    own = replace(read_cache(building), path=path)
-    retired = _sibling(path, "old")
-    for _ in range(100):
-        try:
-            os.rename(building, path)  # replaces an empty folder, fails on any other
-            flush_folder(path.parent)
-            return own
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        with contextlib.suppress(DamagedError):
-            cache = read_cache(path)
-            if cache.meta.fingerprint == fingerprint and _meta_text(path) != replaced:
-                return cache
-        with contextlib.suppress(FileNotFoundError):  # another process may have retired it
-            os.rename(path, retired)
-        _remove(retired)
-    raise RunError(f"writing the cache {path} failed: other processes keep replacing it")
-
-
-def _sibling(path: Path, kind: str) -> Path:
-    return path.parent / f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
-
-
-def _sweep(path: Path, alone: bool) -> None:
-    """Remove what processes of this host left behind when they were killed.
-
-    One with our own number is a leftover too: in containers the numbers repeat.
-    """
-    for kind in ("building", "old"):
-        own = _sibling(path, kind).name
-        prefix = own[: own.rindex("-") + 1]
-        for name in os.listdir(path.parent):
-            number = name.removeprefix(prefix)
-            if name.startswith(prefix) and number.isdecimal():
-                pid = int(number)
-                if alone or pid == os.getpid() or not _alive(pid):
-                    _remove(path.parent / name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove(folder: Path) -> None:
-    """Delete the files that a cache consists of and the folder, if nothing else is in it."""
-    for name in (META, IMAGES, FILES, SKIPPED):
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
 def _npy_header(count: int, size: int) -> bytes:
     header = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
     np.lib.format.write_array_header_1_0(header, shape)
     return header.getvalue()
-
-
-def printable(name: str) -> str:
-    """A file's name as it can be printed anywhere: stray bytes and control characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -19,11 +19,12 @@ from ..config import DataOptions
 from ..console import warn
 from ..errors import UsageError
 from ..paths import absolute
-from .build import Wanted, open_pool, printable
+from .build import open_pool
 from .cache import SKIPPED, is_cache
 from .image_file import ImageFile
+from .place import printable
 from .pool import Decoded
-from .prepare import want
+from .wanted import Wanted, want
 
 
 class OnTheFly:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from ..config import DataOptions
 from ..console import bar, say
 from ..env import cores
 from ..errors import UsageError
-from ..paths import absolute, slug
-from .build import FACES_SEED, Wanted, build, check_place, pixel_options
+from ..paths import absolute
+from .build import build
 from .cache import (
     FILES,
     SKIPPED,
@@ -29,11 +27,8 @@ from .cache import (
     summary,
 )
 from .image_file import ImageFile
-from .images import find_images
-from .subset import hold_out, take
-
-DEFAULTS = DataOptions()
-MOST_CHOSEN = 10_000_000  # drawn faces of which each has a hash: a gigabyte of names
+from .place import check_place
+from .wanted import DEFAULTS, Wanted, pixel_options, want
 
 
 def prepare(
@@ -81,13 +76,6 @@ def prepare(
         raise UsageError(
             f"{place_flag}: cannot write the cache {path}: {error.strerror or error}"
         ) from error
-
-
-def want(source: str, options: DataOptions, flag: str) -> Wanted:
-    """What the cache of a folder, a zip or drawn faces is to hold."""
-    if source.startswith("faces:"):
-        return _want_faces(source, options, flag)
-    return _want_files(Path(absolute(source, flag)), options, flag)
 
 
 def default_root() -> Path:
@@ -146,76 +134,6 @@ def _open_source(folder: Path, options: DataOptions, out: Path | None, flag: str
     ]
     say(f"{summary(cache)}{' (' + ', '.join(framed) + ')' if framed else ''}")
     return cache
-
-
-def _want_faces(source: str, options: DataOptions, flag: str) -> Wanted:
-    from . import faces
-
-    match = re.fullmatch(r"faces:([0-9]+)", source)
-    if match is None or int(match[1]) < 1:
-        raise UsageError(f"{flag}: faces:N needs a whole number N, 1 or more; got {source}")
-    for key in ("crop", "filter", "min_size", "decoder"):
-        if (value := getattr(options, key)) != getattr(DEFAULTS, key):
-            raise UsageError(f"--{key.replace('_', '-')} {value} does not apply to drawn faces")
-    count, held_out = int(match[1]), 0
-    chosen = {key: getattr(options, key) for key in ("limit", "keep", "holdout")}
-    numbers: Sequence[int] = range(count)
-    if chosen != {key: getattr(DEFAULTS, key) for key in chosen}:
-        if count > MOST_CHOSEN:
-            raise UsageError(
-                f"{flag}: N must be at most {MOST_CHOSEN:,} where some are chosen, got {source}"
-            )
-        numbers = take([str(number) for number in numbers], options.limit, options.keep)
-        places, held_out = _held_out_last([str(i) for i in numbers], options, source, flag)
-        numbers = [numbers[at] for at in places]
-    about = ["faces", options.size, faces.FACES_VERSION, count, FACES_SEED]
-    digest = _digest([about, chosen])
-    name = f"faces-{count}-{options.size}px{_mark(chosen)}"
-    return Wanted(f"faces:{count}", options, [], numbers, held_out, digest, digest, name)
-
-
-def _want_files(path: Path, options: DataOptions, flag: str) -> Wanted:
-    files = find_images(path, flag)
-    files = [files[at] for at in take([f.name for f in files], options.limit, options.keep)]
-    places, held_out = _held_out_last([f.name for f in files], options, str(path), flag)
-    files = [files[at] for at in places]
-    source = os.path.realpath(path)
-    wishes = pixel_options(options)
-    rows = [list(file.row().values()) for file in files]
-    fingerprint = _digest([wishes, rows])
-    identity = _digest([wishes, [[*row[:2], *row[3:]] for row in rows]])  # without the times
-    place = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-    stem = slug(Path(source).stem if os.path.isfile(source) else Path(source).name, "images")
-    name = f"{stem}-{options.size}px-{place}{_mark(wishes)}"
-    return Wanted(source, options, files, [], held_out, fingerprint, identity, name)
-
-
-def _held_out_last(
-    names: list[str], options: DataOptions, source: str, flag: str
-) -> tuple[list[int], int]:
-    """The places of the names with those held out at the end, and how many these are."""
-    apart = hold_out(names, options.holdout)
-    places = sorted(range(len(names)), key=apart.__getitem__)
-    if not names or all(apart):
-        raise UsageError(
-            f"{flag}: no image of {source} is left to train on by --keep {options.keep:g} "
-            f"and --holdout {options.holdout:g}"
-        )
-    return places, sum(apart)
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _mark(wishes: dict[str, Any]) -> str:
-    """What tells caches of one source apart in their names; nothing for the defaults."""
-    others = {
-        key: value
-        for key, value in wishes.items()
-        if key != "size" and value != getattr(DEFAULTS, key)
-    }
-    return f"-{_digest(others)[:6]}" if others else ""
 
 
 def _difference(cache: Cache, wanted: Wanted) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastgan import lock
 from fastgan.config import DataOptions
-from fastgan.data import build, faces, image_file, pool
+from fastgan.data import build, faces, image_file, place, pool
 from fastgan.data.cache import check_cache, open_cache
 from fastgan.data.faces import draw_faces
 from fastgan.data.prepare import default_root, prepare
@@ -654,7 +654,7 @@ TRIALS = 5
 def install(buildings, path, fingerprint, barrier):
     for building in buildings:
         barrier.wait(60)  # all start at once
-        build._install(building, path, fingerprint, None)
+        place.install(building, path, fingerprint, None)
         barrier.wait(60)  # the parent looks
         barrier.wait(60)
 

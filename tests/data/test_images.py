@@ -34,6 +34,13 @@ def test_takes_images_in_depth_by_the_bytes_of_their_names(tmp_path):
     ]
 
 
+def test_the_layout_of_ffhq_and_thousands_of_folders(tmp_path):
+    names = [f"{i // 10 * 10:05d}/{i:05d}.png" for i in range(0, 30_000, 10)]
+    for name in names:
+        touch(tmp_path / name)
+    assert [image.name for image in find_images(tmp_path)] == names
+
+
 def test_records_what_tells_a_changed_file(tmp_path):
     path = touch(tmp_path / "a.png", b"12345")
     os.utime(path, ns=(0, 1_234_567_890_123_456_789))
