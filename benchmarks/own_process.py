@@ -106,7 +106,7 @@ def fastgan(source: str, out: str, size: int, batch: int) -> dict[str, Any]:
     from fastgan.data.prepare import prepare
 
     device = _device()
-    clock = [time.perf_counter()]
+    clock, cpu = [time.perf_counter()], time.process_time()
     config = TrainConfig(data=source, size=size, batch=batch)
     cache = prepare(source, config, out=Path(out))
     clock.append(time.perf_counter())
@@ -114,8 +114,9 @@ def fastgan(source: str, out: str, size: int, batch: int) -> dict[str, Any]:
     images, index = feed.next()
     pixels = images[index].cpu()  # the step gathers: it is ready when the pixels are
     clock.append(time.perf_counter())
+    cpu = time.process_time() - cpu
     torch.save({"pixels": pixels, "rows": index.cpu()}, Path(out).with_suffix(".batch"))
-    return _stages(clock, cache.count)
+    return _stages(clock, cpu, cache.count)
 
 
 def torchvision(source: str, out: str, size: int, batch: int) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def torchvision(source: str, out: str, size: int, batch: int) -> dict[str, Any]:
     from fastgan.env import cores
 
     device = _device()
-    clock = [time.perf_counter()]
+    clock, cpu = [time.perf_counter()], time.process_time()
     crop = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     folder = ImageFolder(source, crop)
     clock.append(time.perf_counter())
@@ -136,8 +137,9 @@ def torchvision(source: str, out: str, size: int, batch: int) -> dict[str, Any]:
     images, _ = next(iter(loader))
     pixels = images.to(device).permute(0, 2, 3, 1).cpu()
     clock.append(time.perf_counter())
+    cpu = time.process_time() - cpu
     torch.save({"pixels": pixels, "rows": None}, Path(out).with_suffix(".batch"))
-    return _stages(clock, len(folder))
+    return _stages(clock, cpu, len(folder))
 
 
 def _device() -> Any:
@@ -149,13 +151,14 @@ def _device() -> Any:
     return device
 
 
-def _stages(clock: list[float], count: int) -> dict[str, Any]:
+def _stages(clock: list[float], cpu: float, count: int) -> dict[str, Any]:
     begin, opened, ready = clock
     return {
         "images": count,
         "open_ms": 1000 * (opened - begin),
         "feed_ms": 1000 * (ready - opened),
         "first_batch_ms": 1000 * (ready - begin),
+        "cpu_ms": 1000 * cpu,  # without the DataLoader's processes
         "ready_at": ready,  # of a clock that all processes share
     }
 

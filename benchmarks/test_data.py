@@ -162,7 +162,8 @@ def test_data(case, scale, record_rows, benchmark, tmp_path, monkeypatch):
     expected = ways["Pillow in threads"](lambda count: None)  # the definition; the files are read
     errors, used = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, "pillow")
     runs: dict[str, list[Run]] = {name: [] for name in ways}
-    for _ in range(ROUNDS if scale >= 1 else 1):
+
+    def measure() -> None:
         for name, way in ways.items():
             shutil.rmtree(out, ignore_errors=True)
             squares, measured = run(way, cores())
@@ -170,6 +171,8 @@ def test_data(case, scale, record_rows, benchmark, tmp_path, monkeypatch):
             errors[name] = max(errors[name], check_squares(name, squares, expected))
             if name in ours:
                 used[name] = open_cache(out).meta.decoder
+
+    benchmark.pedantic(measure, rounds=ROUNDS if scale >= 1 else 1)
     rows = [
         {
             "case": f"{case}, {kind}",
@@ -184,8 +187,6 @@ def test_data(case, scale, record_rows, benchmark, tmp_path, monkeypatch):
     ]
     record_rows("data", rows)
     benchmark.extra_info |= {row["variant"]: row["img_per_s"] for row in rows}
-    shutil.rmtree(out, ignore_errors=True)
-    benchmark.pedantic(ways[OURS], args=(lambda count: None,), rounds=1)
 
 
 def _figures(runs: list[Run], ours: list[Run]) -> dict[str, Any]:

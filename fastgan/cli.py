@@ -67,6 +67,7 @@ def _run(args: list[str]) -> int:
             print(f"fastgan {__version__}")
             return 0
         with terminable():
+            _check_folder()
             return run(parse(args))
     except UsageError as error:
         print(f"fastgan: {error}", file=sys.stderr)
@@ -80,6 +81,13 @@ def _run(args: list[str]) -> int:
     except Terminated as signal:
         print(f"fastgan: terminated by {signal.name}", file=sys.stderr)
         return 128 + signal.number
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise UsageError("the current folder is gone: cd to one that is there") from None
 
 
 def _ready_streams() -> None:
@@ -164,9 +172,13 @@ def run(command: Any) -> int:
         if command.check:
             from .data.cache import check_cache, summary
 
+            if command.out is not None or command.verify:
+                raise UsageError("--check takes a cache alone: no --out, no --verify")
             cache = check_cache(Path(command.source).expanduser(), "SOURCE")
             say(f"{summary(cache)}: whole, by its checksums")
             return 0
+        if command.out is not None and command.cache is not None:
+            raise UsageError("--out names the cache, --cache a folder of caches: give one of them")
         from .data.prepare import prepare
 
         prepare(
@@ -197,7 +209,7 @@ def run(command: Any) -> int:
     from .modes import info
 
     with DecodePool(Framing(), processes=1) as pool:
-        dali = version_of("nvidia-dali-cuda120")
-        why = f"; {pool.why}" if pool.why else ""
-        print(info(f"{pool.name} (DALI {dali or 'not installed'}{why})"))
+        found = {name: version_of(name) for name in ("nvidia-dali-cuda120", "kornia-rs", "pillow")}
+        versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+        print(info(f"{pool.name} ({versions}{f'; {pool.why}' if pool.why else ''})"))
     return 0

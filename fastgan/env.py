@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
+if TYPE_CHECKING:  # it takes seconds to import, which `fastgan prepare` has no need for
+    import torch
 
 HEADERS = "Python's headers (python3-dev)"
 
@@ -137,8 +138,11 @@ def driver_version() -> str | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine and versions as plain values, for a run's env.json and for records."""
+    import torch
+
     sha, clean = commit()
-    packages = ("torchvision", "triton", "nvidia-dali-cuda120", "numpy", "pillow", "safetensors")
+    packages = ["torchvision", "triton", "nvidia-dali-cuda120", "kornia-rs", "numpy", "pillow"]
+    packages += ["safetensors"]
     found: dict[str, Any] = {
         "fastgan": __version__,
         "commit": sha,
@@ -168,6 +172,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def machine_line(device: torch.device) -> str:
     """The device in words."""
+    import torch
+
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"

@@ -71,12 +71,12 @@ class Framing:
         """Why a picture of these sides is not to be decoded, or ""."""
         if width * height <= self.max_pixels:
             return ""
-        return f"too large: {width}x{height} is over {self.max_pixels:,} pixels"
+        return f"too large: {width}x{height} is over {self.max_pixels:,} pixels (--max-pixels)"
 
     def box(self, width: int, height: int) -> Box | str:
         """The part that is kept of an upright picture of these sides, or why there is none."""
         if min(width, height) < self.min_size:
-            return f"too small: {width}x{height} is under {self.min_size} pixels"
+            return f"too small: {width}x{height} is under {self.min_size} pixels (--min-size)"
         return _parsed(self.crop).box(width, height) or (
-            f"too small: {width}x{height} does not hold the crop {self.crop}"
+            f"too small: {width}x{height} does not hold --crop {self.crop}"
         )

@@ -199,7 +199,7 @@ class Trainer:
         self.seconds = dict.fromkeys(self.seconds, 0.0)  # the first pictures came before
         with console.bar("training", total_kimg, "kimg", self.images / 1000) as bar:
             while self.step_count < self.total_steps and not caught:
-                self.advance(self.feed.next())
+                self.advance(self._next_batch(run))
                 self.step_count += 1
                 bar.update(self.images / 1000, bar.note or "first tick")
                 if self._due(config.tick_kimg, TICK_SHARE):
@@ -211,6 +211,19 @@ class Trainer:
                     self._sample(run)
                 if self._due(config.save_kimg, SAVE_SHARE):
                     self._save(run)
+
+    def _next_batch(self, run: Run) -> Batch:
+        """From the feed; what it cannot give ends the run with a checkpoint."""
+        try:
+            return self.feed.next()
+        except (UsageError, RunError) as error:
+            if not self.step_count:
+                raise
+            self._save(run)
+            raise RunError(
+                f"{error}; saved at {self.images / 1000:g} kimg, and fastgan train --resume "
+                f"{shlex.quote(str(run.path))} goes on"
+            ) from None
 
     def _due(self, every_kimg: float | None, share: float) -> bool:
         """Whether the last step crossed a multiple of the interval: a function of the step."""
@@ -318,7 +331,16 @@ class Trainer:
     def load(self, start: checkpoint.Checkpoint) -> None:
         """Put every number back where it was when the checkpoint was written."""
         meta, data = start.meta, start.meta["data"]
-        if (data.get("identity"), data.get("count")) != (self.data.identity, self.data.count):
+        if data.get("identity") == self.data.identity and data.get("count") != self.data.count:
+            was = meta["config"]
+            raise UsageError(
+                f"--data {self.config.data} has {self.data.count:,} images by --loader "
+                f"{self.config.loader} and --decoder {self.config.decoder}, and had "
+                f"{data.get('count', 0):,} by {was.get('loader')} and {was.get('decoder')}: a "
+                "cache leaves out what cannot be decoded, on the fly others stand in for it; go on "
+                "with those"
+            )
+        if data.get("identity") != self.data.identity:
             raise UsageError(
                 f"--data {self.config.data} is not what the run was trained on: "
                 f"{data.get('count', 0):,} images then, {self.data.count:,} now, or other files; "

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from fastgan.data.images import find_images
 from fastgan.models import Discriminator, Generator
 from planted import EvalInG, FakeFirst, StaleD, Ungrouped
 
@@ -27,6 +30,9 @@ def load(path):
 roofline = load(ROOT / "benchmarks/roofline.py")
 harness, tables = load(ROOT / "benchmarks/harness.py"), load(ROOT / "tools/report_benchmarks.py")
 contenders = load(ROOT / "benchmarks/contenders.py")
+pictures = load(ROOT / "benchmarks/pictures.py")
+own_process = load(ROOT / "benchmarks/own_process.py")
+test_data = load(ROOT / "benchmarks/test_data.py")
 CPU = torch.device("cpu")
 
 
@@ -51,6 +57,92 @@ def test_the_benchmarks_run_without_a_gpu_and_say_what_is_left_out(which, words,
     for word in (*words, "for lack of an NVIDIA GPU"):
         assert word in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())  # a CPU's figures are no record
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the form for machines without a GPU")
+def test_the_data_path_is_measured_without_a_gpu(tmp_path):
+    """On a few files: all but the figures."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTGAN_FACES")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/test_data.py", "benchmarks/test_feeds.py",
+         "--benchmark-only", "-p", "no:cacheprovider", "--records", tmp_path, "--scale=0.01"],
+        cwd=ROOT, capture_output=True, text=True, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in (
+        "fastgan prepare --decoder pillow", "ImageFolder, DataLoader, v2 on tensors",
+        "Pillow in threads", "steady_img_per_s", "peak_mb", "first_batch_ms", "--loader dali",
+        "share_of_step", "for lack of an NVIDIA GPU",
+    ):  # fmt: skip
+        assert word in done.stdout, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_squares_that_are_wrong_get_no_figure(tmp_path):
+    files = pictures.drawn(tmp_path / "distinct", "PNG", 96)
+    expected = np.stack([pictures.framed_ref(file, 32) for file in files])
+    assert pictures.check_squares("right", expected, expected) == 0
+    near = np.clip(expected.astype(int) + 1, 0, 255).astype(np.uint8)
+    mistakes = {
+        "another order": expected[::-1],
+        "one twice": expected[[0, 0, *range(2, len(expected))]],
+        "one missing": expected[1:],
+        "BGR": expected[..., ::-1],
+        "mirrored": expected[:, :, ::-1],
+        "shifted": np.roll(expected, 1, axis=1),
+        "a level off": near,
+        "in float": expected.astype(np.float32),
+    }
+    for name, wrong in mistakes.items():
+        with pytest.raises(AssertionError, match=name):
+            pictures.check_squares(name, wrong, expected)
+
+
+def test_names_of_one_picture_are_in_the_order_of_fastgan(tmp_path):
+    files = pictures.drawn(tmp_path / "distinct", "JPEG", 32)
+    paths = pictures.repeated(files, tmp_path / "images", 25, 10)
+    assert [p.relative_to(tmp_path / "images").as_posix() for p in paths[::12]] == [
+        "00000/000000.jpg", "00010/000012.jpg", "00020/000024.jpg",
+    ]  # fmt: skip
+    found = find_images(tmp_path / "images")
+    assert [file.path for file in found] == list(map(str, paths))
+    assert paths[8].read_bytes() == files[1].read_bytes()
+
+
+def test_photographs_are_copied_and_never_written_to(tmp_path, monkeypatch):
+    (own,) = pictures.drawn(tmp_path / "own" / "deep", "JPEG", 32)[:1]
+    monkeypatch.setenv("FASTGAN_FACES", str(tmp_path / "own"))
+    files, kind = pictures.jpeg_faces(tmp_path / "distinct", 3)
+    assert kind == "photographs" and len(files) == 3
+    files[0].write_bytes(b"")
+    assert own.stat().st_size and own.stat().st_nlink == 1
+    monkeypatch.setenv("FASTGAN_FACES", str(tmp_path / "nothing"))
+    with pytest.raises(AssertionError, match="FASTGAN_FACES: no .jpg"):
+        pictures.jpeg_faces(tmp_path / "none", 3)
+
+
+def test_the_steady_rate_leaves_the_start_out():
+    # two processes that start at 5 s and answer 10 images a second each, 10 at a time
+    marks = [(5.0 + (i // 2 + 1), 10) for i in range(12)]
+    assert test_data.steady(marks, 2) == pytest.approx(20)
+    assert test_data.steady(marks[:5], 2) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_that_of_the_process_and_of_those_it_started():
+    hold = "import sys; held = bytearray(b'x' * 80_000_000); sys.stdin.read()"
+    with own_process.Peak() as peak:
+        child = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE)
+        deadline = time.monotonic() + 20
+        while peak.workers_bytes < 160e6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+            if (own_process.rss_bytes(str(child.pid)) or 0) > 85e6:
+                time.sleep(0.1)
+                break
+        child.communicate(b"")
+    assert 80e6 < peak.workers_bytes < 200e6 and peak.workers == 1
+    assert peak.own_bytes > 50e6
+    assert peak.total_bytes <= peak.own_bytes + peak.workers_bytes
 
 
 def measured(variants, outputs=None, limit=1e-6):
@@ -148,6 +240,52 @@ def growth_record():
 def train_record():
     row = {"test": "t", "case": tables.MAIN_CASE, "variant": "fastgan train --amp"}
     return {**record(), "rows": [{**row, "img_per_s": 126_000.0}]}
+
+
+def data_records():
+    variant = {
+        "test": "d",
+        "case": "PNG 1024 px",
+        "variant": "fastgan prepare",
+        "img_per_s": 3200.0,
+    }
+    rates = {"img_per_s_core": 200.0, "steady_img_per_s": None, "fastgan_x": 1.0}
+    slower = {"variant": "Pillow in threads", "steady_img_per_s": 1700.0, "fastgan_x": 2.0}
+    feed = {"test": "f", "case": "64 px", "img_per_s": 9000.0, "share_of_step": 0.9}
+    memory = {"test": "m", "images": 50_000, "peak_mb": 940.0}
+    first = {"test": "b", "case": "70,000 PNGs", "first_batch_ms": 700.0, "process_ms": 2500.0}
+    rows = {
+        "data": [{**variant, **rates}, {**variant, **rates, **slower}],
+        "feeds": [{**feed, "variant": "--loader dali"}],
+        "data_memory": [memory],
+        "first_batch": [{**first, "variant": "fastgan, prepared"}],
+    }
+    contents = {name: {**record(), "rows": of} for name, of in rows.items()}
+    for content in contents.values():
+        content["environment"] |= {"cpu": "A Processor", "cores": 16}
+    return contents
+
+
+def test_the_data_path_stands_beneath_the_steps(tmp_path):
+    card = tmp_path / "results" / "a-card"
+    assert tables.whole(tmp_path / "results") == tables.NO_STEPS
+    contents = data_records()
+    for name, content in contents.items():
+        harness.write_record(card / f"{name}.json", content)
+    text = tables.whole(tmp_path / "results")
+    for line in (
+        "### A Card, from files to a cache (A Processor, 16 cores)",
+        "| PNG 1024 px | fastgan prepare | 3,200 | 200 |  | 1.00 x |",
+        "| PNG 1024 px | Pillow in threads | 3,200 | 200 | 1,700 | 2.00 x |",
+        "| --loader dali | 9,000 | 90% |",
+        "`prepare` and its processes take 940 MB at 50,000 images.",
+        "fastgan, prepared: 0.70 s to the first batch of 70,000 PNGs, 2.5 s from the start of",
+    ):
+        assert line in text, text
+    other = {**contents["feeds"], "environment": record("b" * 40)["environment"]}
+    harness.write_record(card / "feeds.json", other)
+    text = tables.whole(tmp_path / "results")
+    assert "--loader dali" not in text and "940 MB" in text
 
 
 def test_a_record_keeps_what_was_not_measured_again(tmp_path):

@@ -398,9 +398,40 @@ def test_bad_files_while_training_on_the_fly(tmp_path, pictures, capsys):
     names = sorted(json.loads(line)["name"] for line in lines)
     assert names == ["000003.png", "000004.png", "000011.png"]
     assert main(["train", *flags, "--kimg=0.16", "--resume=auto", "--loader=auto"]) == 2
-    assert "21 images then, 18 now" in capsys.readouterr().err
+    assert "18 images by --loader auto and --decoder auto, and had 21 by dali and auto" in (
+        capsys.readouterr().err
+    )
     assert main(["train", *flags, "--on-bad=stop", "--kimg=0.04"]) == 2
     assert "text" not in (said := capsys.readouterr().err) and "--on-bad skip puts others" in said
+
+
+def test_a_folder_that_vanishes_while_it_is_read_ends_with_a_checkpoint(
+    tmp_path, pictures, monkeypatch, capsys
+):
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder)
+    advance = Trainer._advance
+
+    def vanish(self, batch):
+        advance(self, batch)
+        if self.step_count == 4:
+            for path in folder.iterdir():
+                path.unlink()
+
+    monkeypatch.setattr(Trainer, "_advance", vanish)
+    flags = [f for f in FLAGS if not f.startswith("--data")] + ["--device=cpu", "--loader=dali"]
+    assert main(["train", *flags, f"--data={folder}", f"--out={tmp_path}", "--kimg=9"]) == 1
+    run = only_run(tmp_path)
+    said = capsys.readouterr().err
+    assert (
+        "of 21 images in" in said and "saved at 0.0" in said and f"--resume {run} goes on" in said
+    )
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    shutil.copytree(pictures, folder, dirs_exist_ok=True)
+    monkeypatch.setattr(Trainer, "_advance", advance)
+    step = json.loads((run / "run.json").read_text())["step"]
+    assert step >= 5
+    assert main(["train", f"--resume={run}", f"--kimg={(step + 2) * 8 / 1000}"]) == 0
 
 
 def test_a_run_in_use_is_refused(tmp_path, capsys):

@@ -131,6 +131,68 @@ def steps(results: Path) -> str:
     return "\n".join(parts) or NO_STEPS
 
 
+def whole(results: Path) -> str:
+    """The figures of README.md."""
+    return steps(results) + data_path(results)
+
+
+def data_path(results: Path) -> str:
+    """A table a card of the ways from files to squares; what the feeds leave of the step's speed,
+    the memory and the first batch beneath it, where records of the same origin have them.
+    """
+    parts = []
+    for path, record in records(results, "data"):
+        machine = record["environment"]
+        lines = [
+            f"### {machine['gpu']}, from files to a cache ({machine['cpu']}, {machine['cores']} "
+            "cores)\n",
+            "| files | | img/s | of them a core | at the steady rate | `fastgan prepare` is |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+        for row in record["rows"]:
+            even = row["steady_img_per_s"]
+            lines.append(
+                f"| {row['case']} | {row['variant']} | {row['img_per_s']:,.0f} | "
+                f"{row['img_per_s_core']:,.0f} | {f'{even:,.0f}' if even else ''} | "
+                f"{row['fastgan_x']:.2f} x |"
+            )
+        beside = {
+            name: other["rows"]
+            for name in ("feeds", "data_memory", "first_batch")
+            for of, other in records(results, name)
+            if of.parent == path.parent
+            and all(other["environment"][key] == machine[key] for key in SAME)
+        }
+        lines += ["", *_feeds(beside.get("feeds", [])), *_beside(beside)]
+        lines.append(f"{origin(record)}")
+        parts.append("\n".join(lines) + "\n")
+    return "".join(f"\n{part}" for part in parts)
+
+
+def _feeds(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {rows[0]['case']} | img/s | of the step alone |", "|---|---:|---:|"]
+    for row in rows:
+        share = percent(row["share_of_step"])
+        lines.append(f"| {row['variant']} | {row['img_per_s']:,.0f} | {share} |")
+    return [*lines, ""]
+
+
+def _beside(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Memory and first batch, a sentence each."""
+    lines = []
+    if rows := found.get("data_memory"):
+        sums = [f"{row['peak_mb']:,.0f} MB at {row['images']:,} images" for row in rows]
+        lines.append(f"`prepare` and its processes take {', '.join(sums)}.")
+    for row in found.get("first_batch", []):
+        lines.append(
+            f"{row['variant']}: {row['first_batch_ms'] / 1000:.2f} s to the first batch of "
+            f"{row['case']}, {row['process_ms'] / 1000:.1f} s from the start of the process."
+        )
+    return lines
+
+
 def percent(share: float | None) -> str:
     return f"{share:.0%}" if share is not None else ""
 
@@ -247,7 +309,8 @@ def main() -> int:
     wanted: dict[Path, str] = {}
     pictures: dict[Path, tuple[str, Any]] = {}  # drawn before anything is written
     try:
-        for path, figures in ((args.root / "README.md", steps), (args.root / KERNELS, kernels)):
+        readmes = {args.root / "README.md": whole, args.root / KERNELS: kernels}
+        for path, figures in readmes.items():
             if not path.is_file() or not MARKED.fullmatch(path.read_text("utf-8")):
                 parser.error(f"--root: must hold a file with the lines {BEGIN}, then {END}: {path}")
             wanted[path] = written(path.read_text("utf-8"), figures(results))

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UsageError
 from .image_file import MAX_FILE_BYTES, ImageFile, Member
 
-MAX_DIRECTORY_BYTES = 512 << 20  # some five million members; zipfile makes objects of them all
+MAX_MEMBERS = 4_000_000  # zipfile makes an object of half a kilobyte of each
 MAX_RATIO = 200  # of a member or of all, to the bytes it is packed in: images hardly shrink at all
 KINDS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
 RATIO_FREE_BYTES = 1 << 20  # a small one may be of one colour
@@ -26,11 +26,11 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
     """
     try:
         # the archive's own end first: the directory may be larger than the memory
-        size = _directory_bytes(path)
-        if size > MAX_DIRECTORY_BYTES:
+        count = _most_members(path)
+        if count > MAX_MEMBERS:
             raise UsageError(
-                f"{flag}: the directory of {path} has {size:,} bytes, over "
-                f"{MAX_DIRECTORY_BYTES:,}; give its images as several archives, or as a folder"
+                f"{flag}: {path} may have {count:,} members, over {MAX_MEMBERS:,}; give its images "
+                "as several archives, or as a folder"
             )
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
@@ -45,14 +45,16 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
             f"{flag}: {path} claims to hold {claimed:,} bytes in {whole:,}, "
             f"more than {MAX_RATIO} times as much: no archive of images does"
         )
-    return [_listed(path, info) for info in members.values() if _is_image(info.filename, suffixes)]
+    images = [info for info in members.values() if _is_image(info.filename, suffixes)]
+    return [_listed(path, whole, info) for info in images]
 
 
-def _directory_bytes(path: str) -> int:
+def _most_members(path: str) -> int:
+    """How many the directory has room for, from the archive's own end, which says its length."""
     module: Any = zipfile  # its names for the end record are not public, and have been there always
     with open(path, "rb") as file:
         end = module._EndRecData(file)
-    return int(end[module._ECD_SIZE]) if end else 0
+    return int(end[module._ECD_SIZE]) // module.sizeCentralDir if end else 0
 
 
 def _is_image(name: str, suffixes: tuple[str, ...]) -> bool:
@@ -61,13 +63,16 @@ def _is_image(name: str, suffixes: tuple[str, ...]) -> bool:
     return os.path.splitext(name)[1][1:].lower() in suffixes
 
 
-def _listed(path: str, info: zipfile.ZipInfo) -> ImageFile:
+def _listed(path: str, whole: int, info: zipfile.ZipInfo) -> ImageFile:
     deflated = info.compress_type == zipfile.ZIP_DEFLATED
     member = Member(info.header_offset, info.compress_size, deflated, info.CRC)
-    return ImageFile(info.filename, path, info.file_size, _mtime_ns(info), member, _fault(info))
+    return ImageFile(
+        info.filename, path, info.file_size, _mtime_ns(info), member, _fault(info, whole)
+    )
 
 
-def _fault(info: zipfile.ZipInfo) -> str:
+def _fault(info: zipfile.ZipInfo, whole: int) -> str:
+    """Why a member of an archive of `whole` bytes is refused, or ""."""
     if info.filename.startswith("/") or ".." in info.filename.split("/"):
         return "unsafe name: it leads out of the archive"
     if stat.S_ISLNK(info.external_attr >> 16):
@@ -79,6 +84,11 @@ def _fault(info: zipfile.ZipInfo) -> str:
         return f"unsupported compression: {kind}; store or deflate members"
     if info.file_size > MAX_FILE_BYTES:
         return f"too large: {info.file_size:,} bytes, over {MAX_FILE_BYTES:,}"
+    stored = info.compress_type == zipfile.ZIP_STORED
+    end = info.header_offset + info.compress_size
+    stored_otherwise = stored and info.compress_size != info.file_size
+    if not 0 <= info.header_offset < end <= whole or stored_otherwise:
+        return "damaged archive: the member's place or sizes do not fit"
     if info.file_size > MAX_RATIO * info.compress_size + RATIO_FREE_BYTES:
         return f"too large: {info.file_size:,} bytes packed in {info.compress_size:,}"
     return ""

@@ -15,7 +15,6 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +23,9 @@ from typing import IO, Any
 import numpy as np
 
 from .. import __version__
-from ..config import DataOptions
-from ..console import bar, say, warn
+from ..console import bar, say
 from ..durable import flush
 from ..errors import RunError, UsageError
-from ..framing import Framing
 from .cache import (
     FILES,
     FORMAT,
@@ -41,10 +38,9 @@ from .cache import (
     file_digest,
     summary,
 )
-from .image_file import ImageFile
-from .images import JPEG_SUFFIXES
-from .place import install, meta_text, printable, remove, sibling, sweep
-from .pool import NO_GPU, DecodePool, batches
+from .image_file import printable
+from .place import install, meta_text, remove, sibling, sweep
+from .pool import batches, open_pool
 from .wanted import FACES_SEED, Wanted, pixel_options
 
 FACES_CHUNK = 512  # drawn at a time
@@ -86,6 +82,7 @@ def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fastgan_version=__version__,
         )
+        meta.sha256[META] = meta.digest()
         text = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(meta)}
         with open(building / META, "w", encoding="utf-8") as file:
             file.write(json.dumps(text, indent=1) + "\n")
@@ -113,9 +110,14 @@ def _check_room(wanted: Wanted, path: Path, place_flag: str) -> None:
 
 def _no_room(wanted: Wanted, path: Path, place_flag: str) -> str:
     return (
-        f"no room for the cache {path}: it needs {wanted.pixel_bytes / 1e9:,.2f} GB; "
+        f"no room for the cache {path}: it needs {_amount(wanted.pixel_bytes)}; "
         f"free some, or name another place with {place_flag}"
     )
+
+
+def _amount(count_bytes: int) -> str:
+    mb = count_bytes / 1e6
+    return f"{mb / 1000:,.2f} GB" if mb >= 1000 else f"{mb:,.2f} MB"
 
 
 @dataclass
@@ -150,21 +152,24 @@ class _Filled:
         if 2 * self.refused.total() > total:
             raise UsageError(
                 f"{flag}: {self.refused.total():,} of {total:,} images in {self.wanted.source} "
-                f"are refused, more than half: {'; '.join(self.examples)}"
+                f"are refused, more than half ({self._kinds()}): {'; '.join(self.examples)}"
             )
+
+    def _kinds(self) -> str:
+        """The three commonest kinds of reasons, with their counts."""
+        kinds = self.refused.most_common()
+        shown = [f"{count:,} {kind}" for kind, count in kinds[:3]]
+        if len(kinds) > 3:
+            shown.append(f"{sum(count for _, count in kinds[3:]):,} other")
+        return ", ".join(shown)
 
     def report(self, path: Path) -> None:
         """Say what was refused and why, and what was enlarged."""
         total, size = self.wanted.count, self.wanted.options.size
         if self.refused:
-            kinds = self.refused.most_common()
-            shown = [f"{count:,} {kind}" for kind, count in kinds[:3]]
-            if len(kinds) > 3:
-                shown.append(f"{sum(count for _, count in kinds[3:]):,} other")
-            where = path / SKIPPED
             say(
-                f"skipped {self.refused.total():,} of {total:,} files: {', '.join(shown)}; "
-                f"names in {where}"
+                f"skipped {self.refused.total():,} of {total:,} files: {self._kinds()}; "
+                f"names in {path / SKIPPED}"
             )
         if self.enlarged:
             say(
@@ -235,25 +240,6 @@ def _decode(filled: _Filled, images: IO[bytes], kept: IO[str], skipped: IO[str],
         filled.by_pillow, filled.enlarged = pool.by_pillow, pool.enlarged
     if filled.count == filled.held_out:
         raise UsageError(f"{flag}: no image of {wanted.source} is left to train on")
-
-
-def open_pool(options: DataOptions, files: Sequence[ImageFile]) -> DecodePool:
-    """The processes that decode these files by these options; says which decoder they have.
-
-    The GPU is for JPEGs: to inflate a PNG is work for the CPU's cores, and kornia-rs in all of them
-    does it three times as fast as DALI there.
-    """
-    framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
-    jpegs = sum(file.name.lower().endswith(JPEG_SUFFIXES) for file in files)
-    pool = DecodePool(
-        framing,
-        options.decoder,
-        gpu=2 * jpegs > len(files),
-        processes=sum(1 for _ in batches(files)),
-    )
-    tell = say if pool.why in ("", NO_GPU) else warn
-    tell(f"decoding with {pool.name}{' (' + pool.why + ')' if pool.why else ''}")
-    return pool
 
 
 def _npy_header(count: int, size: int) -> bytes:

@@ -20,21 +20,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
 
+from ..config import DataOptions
 from ..errors import RunError, UsageError
+from .image_file import open_regular
 
 FORMAT = "fastgan-cache"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 2  # raise also when the framing of any picture changes: caches are built anew
 IMAGES, FILES, SKIPPED, META = "images.npy", "files.jsonl", "skipped.jsonl", "meta.json"
 READ_BYTES = 16 << 20  # at a time
+MAX_META_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(strict=True))
 class Meta:
     """The contents of meta.json."""
 
@@ -52,6 +57,14 @@ class Meta:
     @property
     def size(self) -> int:
         return int(self.options["size"])
+
+    def digest(self) -> str:
+        """SHA-256 of everything but the digests."""
+        values = {key: value for key, value in asdict(self).items() if key != "sha256"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_META = TypeAdapter(Meta)
 
 
 @dataclass(frozen=True)
@@ -105,12 +118,26 @@ def _damaged(path: Path, flag: str, damage: Exception) -> RunError:
 def is_cache(path: Path) -> bool:
     """Whether `path` is a cache, be it a damaged one."""
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        meta = _read_meta(path)
+    except PermissionError as error:
+        raise UsageError(f"{path / META} cannot be read: {error.strerror}") from None
     except OSError:
         return False
     except ValueError:  # not JSON: a damaged cache, if all the rest of one is here
         return all((path / name).is_file() for name in (IMAGES, FILES, SKIPPED))
     return isinstance(meta, dict) and meta.get("format") == FORMAT
+
+
+def _read_meta(path: Path) -> Any:
+    """What meta.json holds; `ValueError` where it is no JSON, or far too long for one of ours."""
+    with open_regular(path / META) as file:
+        content = file.read(MAX_META_BYTES + 1)
+    if len(content) > MAX_META_BYTES:
+        raise ValueError(f"{META} is longer than any")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{META} is nested without end") from None
 
 
 class DamagedError(Exception):
@@ -120,14 +147,22 @@ class DamagedError(Exception):
 def read_cache(path: Path) -> Cache:
     """The cache at `path`, its array of the length that meta.json says; else `DamagedError`."""
     try:
-        text = json.loads((path / META).read_text(encoding="utf-8"))
-        if text["format_version"] != FORMAT_VERSION:
-            raise DamagedError(
-                f"its format is version {text['format_version']}, not {FORMAT_VERSION}"
+        values = _read_meta(path)
+        version = values["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UsageError(
+                f"the cache {path} is of a newer fastgan (format {version}, this one knows "
+                f"{FORMAT_VERSION}): name another place, or use that fastgan"
             )
-        meta = Meta(**{field.name: text[field.name] for field in fields(Meta)})
+        if version != FORMAT_VERSION:
+            raise DamagedError(f"its format is version {version}, not {FORMAT_VERSION}")
+        told = {field.name: values[field.name] for field in fields(Meta)}
+        meta = _META.validate_json(json.dumps(told))  # as JSON, where an object may be strict
+        DataOptions.model_validate(meta.options, strict=True)
+        for name in (FILES, SKIPPED):
+            open_regular(path / name).close()
         # Through one open file: another process may put a new cache in this place meanwhile.
-        with open(path / IMAGES, "rb") as file:
+        with open_regular(path / IMAGES) as file:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
@@ -145,6 +180,11 @@ def read_cache(path: Path) -> Cache:
             if not 0 < trained <= meta.count:
                 raise DamagedError(f"{META} counts {meta.held_out} held out of {meta.count} images")
             return Cache(path, meta, rows[:trained], rows[trained:])
+    except PermissionError as error:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise DamagedError(f"{META}: {found['loc'][-1]}: {found['msg']}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
 
@@ -159,6 +199,8 @@ def check_cache(path: Path, flag: str = "--data") -> Cache:
         for name, start in ((IMAGES, cache.images.offset), (FILES, 0), (SKIPPED, 0)):
             if file_digest(path / name, start) != cache.meta.sha256.get(name):
                 raise DamagedError(f"{name} is not what was written: its SHA-256 differs")
+        if cache.meta.digest() != cache.meta.sha256.get(META):
+            raise DamagedError(f"{META} is not what was written: its SHA-256 differs")
         count = cache.meta.count
         rows = (path / FILES).read_bytes().count(b"\n")
         if rows != (0 if cache.meta.source.startswith("faces:") else count):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..framing import Box, Framing
 from .pillow_decoder import PillowDecoder
-from .png_decoder import Route, png_route
+from .routes import Route, jpeg_route, png_route
 
 GROUP_PIXELS = 32_000_000  # decoded at once: 96 MB of RGB
 RETRY_WIDTH = 8  # a group that failed is tried again in pieces of this many, then one by one
@@ -57,6 +57,7 @@ class DaliDecoder:
         self._device = device
         self._pillow = PillowDecoder(framing)
         self._enlarged = 0
+        self.by_pillow = 0  # that Pillow decoded in place of DALI
         try:
             import nvidia.dali.experimental.dynamic as ndd
             from nvidia import nvimgcodec  # type: ignore[attr-defined]  # untyped namespace package
@@ -77,11 +78,6 @@ class DaliDecoder:
     def lack(self) -> str:
         """What makes it slower than it could be, or ""."""
         return self._pillow.lack if self._device == "cpu" else ""
-
-    @property
-    def by_pillow(self) -> int:
-        """Images that Pillow decoded in place of DALI."""
-        return self._pillow.by_pillow
 
     @property
     def enlarged(self) -> int:
@@ -108,7 +104,7 @@ class DaliDecoder:
             others += self._decode_group(group, blobs, results)
         for at in others:
             results[at] = self._pillow.decode_one(blobs[at])
-            self._pillow.by_pillow += not isinstance(results[at], str)
+            self.by_pillow += not isinstance(results[at], str)
         return results
 
     def _probe(self) -> None:
@@ -130,7 +126,7 @@ class DaliDecoder:
             raise Unavailable(f"no {self.name}: it decodes a known JPEG to wrong colours")
 
     def _header(self, blob: bytes) -> tuple[int | str, Route]:
-        """The pixels of a file, or why it is refused; and what may decode it (`png_route`)."""
+        """The pixels of a file, or why it is refused; and what may decode it (`routes.py`)."""
         try:
             stream = self._codec.CodeStream(blob)
             width, height, codec = stream.width, stream.height, stream.codec_name
@@ -139,7 +135,7 @@ class DaliDecoder:
         pixels = self.framing.too_large(width, height) or int(width * height)
         if codec == "png":
             return pixels, png_route(blob)
-        return pixels, "other" if codec == "jpeg" else "odd"
+        return pixels, jpeg_route(blob) if codec == "jpeg" else "odd"
 
     def _frame_pngs(
         self, group: list[int], blobs: Sequence[bytes], results: list[np.ndarray | str]

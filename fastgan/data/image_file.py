@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 MAX_FILE_BYTES = 1 << 30  # 64 million pixels of 16-bit RGBA are half of this
 
@@ -43,7 +46,7 @@ class ImageFile:
         if self.size_bytes > MAX_FILE_BYTES:
             return f"too large: {self.size_bytes:,} bytes, over {MAX_FILE_BYTES:,}"
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 if self.member is not None:
                     return _unpack(file, self.member, self.size_bytes)
                 return file.read(MAX_FILE_BYTES)
@@ -75,3 +78,22 @@ def _unpack(file: Any, member: Member, size_bytes: int) -> bytes | str:
     if len(blob) != size_bytes or zlib.crc32(blob) != member.crc32:
         return "damaged archive: the member's checksum does not fit"
     return bytes(blob)
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file to read; `OSError` for what is none by now, such as a pipe, which would block."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(handle, "rb")
+
+
+def name_bytes(name: str) -> bytes:
+    """A name's bytes, the same in every locale."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be printed anywhere: stray bytes and control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..console import warn
 from ..errors import UsageError
 from .archive import list_archive
-from .image_file import ImageFile
+from .image_file import ImageFile, name_bytes, printable
 
 JPEG_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif")
 SUFFIXES = (*JPEG_SUFFIXES, "png", "webp", "bmp", "tif", "tiff", "pgm", "ppm", "pbm", "pnm")
@@ -35,7 +35,7 @@ def find_images(source: Path, flag: str = "--data") -> list[ImageFile]:
         )
     if not found:
         raise UsageError(f"{flag}: no images ({', '.join(SUFFIXES)}) in {source}")
-    return sorted(found, key=lambda image: os.fsencode(image.name))
+    return sorted(found, key=lambda image: name_bytes(image.name))
 
 
 def _in_folder(folder: Path, flag: str) -> list[ImageFile]:
@@ -50,12 +50,14 @@ def _in_folder(folder: Path, flag: str) -> list[ImageFile]:
         except OSError as error:
             if here == folder:
                 raise UsageError(f"{flag}: cannot read {folder}: {error.strerror}") from error
-            warn(f"passed over the folder {here}: {error.strerror}")  # a disk's lost+found
+            warn(
+                f"passed over the folder {printable(str(here))}: {error.strerror}"
+            )  # a disk's lost+found
             continue
         for entry in entries:
             info = _stat(entry)
             if info is None or stat.S_ISREG(info.st_mode):
-                if os.path.splitext(entry.name)[1][1:].lower() in SUFFIXES:
+                if "." in entry.name and entry.name.rpartition(".")[2].lower() in SUFFIXES:
                     found.append(_listed(prefix + entry.name, entry.path, info))
             elif stat.S_ISDIR(info.st_mode):
                 below.append((f"{prefix}{entry.name}/", here / entry.name))
@@ -78,7 +80,7 @@ def _entries(folder: Path, visited: set[tuple[int, int]]) -> list[os.DirEntry[st
     visited.add((info.st_dev, info.st_ino))
     with os.scandir(folder) as entries:
         seen = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(seen, key=lambda entry: os.fsencode(entry.name))
+    return sorted(seen, key=lambda entry: name_bytes(entry.name))
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:

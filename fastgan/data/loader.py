@@ -29,7 +29,7 @@ def open_feed(
     """The feed of these images, and in words which one and why."""
     sampler = Sampler(data.count, config.batch, config.seed, rank, world)
     if isinstance(data, OnTheFly):
-        feed = StreamFeed(data.fetch, data.size, sampler, device)
+        feed = StreamFeed(data.fetch, data.size, sampler, device, data.interrupt)
         return feed, f"each batch is decoded on the fly by {data.decoder}"
     size = data.meta.size
     sum_ = f"{data.count:,} x {size} x {size} x 3 bytes = {data.images.nbytes / 1e9:,.2f} GB"

@@ -19,11 +19,9 @@ from ..config import DataOptions
 from ..console import warn
 from ..errors import UsageError
 from ..paths import absolute
-from .build import open_pool
 from .cache import SKIPPED, is_cache
-from .image_file import ImageFile
-from .place import printable
-from .pool import Decoded
+from .image_file import ImageFile, printable
+from .pool import Decoded, batches, joined, open_pool
 from .wanted import Wanted, want
 
 
@@ -60,28 +58,47 @@ class OnTheFly:
         """Refused files are appended to skipped.jsonl in this folder, each once."""
         self._list = folder / SKIPPED
         with suppress(FileNotFoundError):
-            lines = self._list.read_text("utf-8").splitlines()
-            self._listed = {json.loads(line)["name"] for line in lines}
+            for line in self._list.read_text("utf-8").splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a line cut off by a full disk
+                    self._listed.add(json.loads(line)["name"])
 
     def fetch(self, numbers: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The pixels of batch after batch: int64 [B] -> uint8 [B, size, size, 3]."""
-        asked: deque[list[int]] = deque()
+        asked: deque[tuple[list[int], int]] = deque()  # rows, and in how many requests
 
-        def files() -> Iterator[list[ImageFile]]:
-            for rows in numbers:
-                asked.append([self._stand_ins.get(row, row) for row in rows.tolist()])
-                yield [self._files[row] for row in asked[-1]]
+        def requests() -> Iterator[list[ImageFile]]:
+            for batch in numbers:
+                rows = [self._sound(row) for row in batch.tolist()]
+                parts = list(batches(self._files[row] for row in rows))
+                asked.append((rows, len(parts)))
+                yield from parts
 
-        for decoded in self._pool.run(files()):
-            yield self._complete(asked.popleft(), decoded)
+        answers = self._pool.run(requests())
+        try:
+            for first in answers:
+                rows, count = asked.popleft()
+                rest = [next(answers) for _ in range(count - 1)]
+                yield self._complete(rows, joined([first, *rest]))
+        finally:
+            answers.close()
 
     def pictures(self, rows: np.ndarray) -> np.ndarray:
         """The images of these rows: uint8 [n, size, size, 3]."""
         return next(self.fetch(iter([rows])))
 
+    def interrupt(self) -> None:
+        """From another thread: end what `fetch` waits for."""
+        self._pool.interrupt()
+
     def close(self) -> None:
         """End the decoders."""
         self._pool.close()
+
+    def _sound(self, row: int) -> int:
+        """The row, or the one that stands in for it."""
+        while row in self._stand_ins:
+            row = self._stand_ins[row]
+        return row
 
     def _complete(self, rows: list[int], decoded: Decoded) -> np.ndarray:
         squares = iter(decoded.squares)
@@ -92,22 +109,19 @@ class OnTheFly:
             ]
         )
 
-    def _instead(self, row: int, reason: str) -> np.ndarray:
+    def _instead(self, row: int, reason: str | None) -> np.ndarray:
         """The square of the next sound file after a refused one."""
-        if row in self._stand_ins:  # asked for before it was known
-            return self._pool.one(self._files[self._stand_ins[row]]).squares[0]
-        if row not in self._refused:  # found out as another's stand-in
-            self._refuse(row, reason)
-        other = row
-        while True:
-            other = (other + 1) % self.count
-            if other in self._refused:
-                continue
-            decoded = self._pool.one(self._files[other])
-            if decoded.reasons[0] is None:
-                self._stand_ins[row] = other
-                return decoded.squares[0]
-            self._refuse(other, decoded.reasons[0])
+        while reason is not None:
+            if row not in self._refused:  # else it was asked for before it was known
+                self._refuse(row, reason)
+            following = (row + 1) % self.count
+            while following in self._refused:
+                following = (following + 1) % self.count
+            row = self._stand_ins.setdefault(row, following)
+            row = self._sound(row)
+            decoded = self._pool.one(self._files[row])
+            (reason,) = decoded.reasons
+        return decoded.squares[0]
 
     def _refuse(self, row: int, reason: str) -> None:
         file = self._files[row]
@@ -119,6 +133,7 @@ class OnTheFly:
             where = f"; all such are listed in {self._list}" if self._list else ""
             warn(f"{what}: the next image stands in for it{where}")
         if self._list is not None and file.name not in self._listed:
+            self._listed.add(file.name)
             with open(self._list, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({**file.row(), "reason": reason}) + "\n")
         if 2 * len(self._refused) > self.count:

@@ -5,14 +5,14 @@ there, too, plain PNGs go to kornia-rs.
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..framing import Framing
-from .png_decoder import SIGNATURE, PngDecoder, png_route, png_sides
+from .png_decoder import PngDecoder, png_sides
+from .routes import PNG, png_route
 
 # Pillow would also try formats that run other programs (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000")
@@ -40,9 +40,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# else its notes on odd TIFFs go to stderr
-logging.getLogger("PIL").addHandler(logging.NullHandler())
-
 
 class PillowDecoder:
     """Image files to squares, one after the other."""
@@ -56,7 +53,7 @@ class PillowDecoder:
 
     def __init__(self, framing: Framing) -> None:
         self.framing = framing
-        self.by_pillow = 0  # that Pillow decoded in place of another decoder
+        self.by_pillow = 0  # in place of another decoder
         self.enlarged = 0  # whose part was smaller than the square
         self.png = PngDecoder()
         Image.init()
@@ -70,7 +67,7 @@ class PillowDecoder:
         return [self._decode(blob) for blob in blobs]
 
     def _decode(self, blob: bytes) -> np.ndarray | str:
-        if not self.png.lack and blob.startswith(SIGNATURE) and png_route(blob) == "rgb8":
+        if not self.png.lack and blob.startswith(PNG) and png_route(blob) == "rgb8":
             reason = self.framing.too_large(*png_sides(blob))
             picture = None if reason else self.png.decode(blob)
             if picture is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..durable import flush_folder
 from ..errors import RunError, UsageError
 from .cache import FILES, IMAGES, META, SKIPPED, Cache, DamagedError, is_cache, read_cache
+from .image_file import printable
 
 
 def check_place(path: Path, flag: str) -> str | None:
@@ -31,6 +32,8 @@ def check_place(path: Path, flag: str) -> str | None:
         return None
     if not path.is_dir():
         raise UsageError(f"{flag} must be a folder to write a cache to; {path} is a file")
+    if os.path.ismount(path):
+        raise UsageError(f"{flag} is a mount point, which cannot be replaced; name a folder in it")
     names = set(os.listdir(path))
     if not names:
         return None
@@ -72,6 +75,7 @@ def install(building: Path, path: Path, fingerprint: str, replaced: bytes | None
             cache = read_cache(path)
             if cache.meta.fingerprint == fingerprint and meta_text(path) != replaced:
                 return cache
+        check_place(path, "the cache")  # what has come there since the build began is not ours
         with contextlib.suppress(FileNotFoundError):  # another process may have retired it
             os.rename(path, retired)
         remove(retired)
@@ -115,8 +119,3 @@ def remove(folder: Path) -> None:
             (folder / name).unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def printable(name: str) -> str:
-    """A file's name as it can be printed anywhere: stray bytes and control characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -1,32 +1,35 @@
 """Processes that decode (`worker.py`), kept busy from a bounded queue, their results in order.
 
-A process that crashes or hangs is replaced, the files it was at are tried one by one in another,
-and the one that is to blame is refused with the reason: nothing that a file holds reaches the
-process that trains.
+A process that crashes, hangs or fails is replaced, and the files it was at are tried one by one:
+each in a process of its own if need be, and by Pillow if not by another decoder. The file that is
+to blame is refused with the reason. Nothing that a file holds reaches the process that trains.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..env import cores
+from ..config import DataOptions
+from ..console import say, warn
+from ..env import cores, driver_cuda
 from ..errors import RunError
 from ..framing import Framing
 from .decode import DECODERS
 from .image_file import ImageFile
+from .images import JPEG_SUFFIXES
 from .worker import to_json
 
 BATCH = 64  # files a request
@@ -34,10 +37,16 @@ BATCH_BYTES = 16 << 20  # or fewer, when they are large
 AHEAD = 2  # requests a worker has: it reads the files of one while it decodes the other
 MAX_WORKERS = 64  # a core each, 130 MB each
 GPU_WORKERS = 2  # one sends and receives while the other decodes
-BATCH_LIMIT_S = 120.0
+BATCH_LIMIT_S = 120.0  # of the processor's time
 FILE_LIMIT_S = 30.0
+WALL_FACTOR = 10  # times as long by the clock, for what waits for ever: a machine may be busy
+TRIES = 5  # of a file whose processes somebody else ends
+ENDED_BY_OTHERS = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 WORKER = f"{__package__}.worker"
-NO_GPU = "no dali-gpu: torch sees no NVIDIA GPU"
+# DALI takes a second to start, and then 0.4 ms less a 200 px JPEG of 9 KB than Pillow's 0.45 (on a
+# CPU), 1.5 ms less a 1024 px PNG of 1.3 MB than Pillow's and kornia-rs's 11
+DALI_PAYS_BYTES = 512 << 20  # of files, for each process
+NO_GPU = "no dali-gpu: there is no NVIDIA GPU"
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,15 @@ class Decoded:
     digests: list[str | None]  # SHA-256 of each file that could be read
 
 
+class Interrupted(Exception):
+    """`DecodePool.interrupt` ended what was under way."""
+
+
 class DecodePool:
     """Decodes image files in other processes.
 
     Args:
-        decoder: dali-gpu, dali-cpu, pillow, or auto: the first of them that works here.
-        gpu: whether auto may take the GPU.
+        decoders: names of `decode.DECODERS`; the first that works here is taken.
         processes: at most so many, where fewer do.
 
     Attributes:
@@ -64,35 +76,37 @@ class DecodePool:
             the square.
 
     Raises:
-        RunError: the decoder does not work here.
+        RunError: the decoder does not work here, or no process can be started.
     """
 
     def __init__(
         self,
         framing: Framing,
-        decoder: str = "auto",
-        gpu: bool = True,
+        decoders: Sequence[str] = DECODERS,
         processes: int = MAX_WORKERS,
     ) -> None:
         self.framing = framing
         self.by_pillow = self.enlarged = 0
-        names, faults = list(DECODERS) if decoder == "auto" else [decoder], []
-        if names[0] == "dali-gpu" and not torch.cuda.is_available():
-            if decoder != "auto":
-                raise RunError(f"--decoder {decoder}: {NO_GPU.partition(': ')[2]}")
+        self._interrupted = False
+        self._workers: list[_Worker | None] = []
+        self._spares: dict[str, _Worker] = {}  # for single files, by decoder
+        names, faults = list(decoders), []
+        if names[0] == "dali-gpu" and not driver_cuda():
             faults.append(NO_GPU)
-        if faults or (decoder == "auto" and not gpu):
-            names.remove("dali-gpu")
+            del names[0]
+            if not names:
+                raise RunError(f"--decoder dali-gpu: {NO_GPU.partition(': ')[2]}")
         count = max(1, min(cores(), MAX_WORKERS, processes))
         on_gpu = names[0] == "dali-gpu"
         self._threads = max(1, cores() // GPU_WORKERS) if on_gpu else 1
-        # all at once: each takes the better part of a second to import DALI
-        self._workers: list[_Worker | None] = [
-            _Worker(framing, names, self._threads) for _ in range(GPU_WORKERS if on_gpu else count)
-        ]
-        self._spare: _Worker | None = None  # for single files
         try:
+            for _ in range(GPU_WORKERS if on_gpu else count):
+                # all at once: each takes the better part of a second to import DALI
+                self._workers.append(_Worker(framing, names, self._threads))
             self.name, found = self._worker(0).chosen()
+        except _Died as death:
+            self.close()
+            raise RunError(f"the process that decodes cannot be started ({death.reason})") from None
         except BaseException:
             self.close()
             raise
@@ -100,8 +114,9 @@ class DecodePool:
         if on_gpu and self.name != "dali-gpu":
             self._workers += [None] * max(0, count - GPU_WORKERS)
 
-    def run(self, batches: Iterable[Sequence[ImageFile]]) -> Iterator[Decoded]:
+    def run(self, batches: Iterable[Sequence[ImageFile]]) -> Generator[Decoded]:
         """Decode batch after batch; a few are under way while one is looked at."""
+        self._interrupted = False
         waiting: deque[tuple[int, Sequence[ImageFile]]] = deque()
         try:
             for number, batch in enumerate(batches):
@@ -117,24 +132,35 @@ class DecodePool:
                 self._end(place)
 
     def one(self, file: ImageFile) -> Decoded:
-        """Decode a single file, under the limits of a single file."""
-        if self._spare is None:
-            self._spare = self._start()
-        self._spare.send([file], FILE_LIMIT_S)
-        try:
-            return self._counted(self._spare.receive())
-        except _Died as death:
-            self._spare = None
-            empty = np.empty((0, self.framing.size, self.framing.size, 3), np.uint8)
-            return Decoded(empty, [death.reason], [None])
+        """Decode a single file under the limits of a single file, by Pillow if all else fails."""
+        # CUDA's memory cannot be limited
+        first = "dali-cpu" if self.name == "dali-gpu" else self.name
+        reason = ""
+        for name in dict.fromkeys((first, "pillow")):
+            answer = self._try(file, name)
+            if isinstance(answer, Decoded):
+                self.by_pillow += bool(reason) and len(answer.squares)
+                return answer
+            reason = reason or answer
+        blob = file.read()
+        digest = hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
+        empty = np.empty((0, self.framing.size, self.framing.size, 3), np.uint8)
+        return Decoded(empty, [reason], [digest])
+
+    def interrupt(self) -> None:
+        """From another thread: end what `run` or `one` waits for, with `Interrupted`."""
+        self._interrupted = True
+        for worker in [*self._workers, *self._spares.values()]:
+            if worker is not None:
+                worker.kill()
 
     def close(self) -> None:
         """End the processes."""
         for place in range(len(self._workers)):
             self._end(place)
-        if self._spare is not None:
-            self._spare.end()
-            self._spare = None
+        for spare in self._spares.values():
+            spare.end()
+        self._spares = {}
 
     def __enter__(self) -> DecodePool:
         return self
@@ -145,7 +171,9 @@ class DecodePool:
     def _next(self, waiting: deque[tuple[int, Sequence[ImageFile]]]) -> Decoded:
         place, batch = waiting[0]
         try:
-            answer = self._counted(self._worker(place).receive())
+            worker = self._worker(place)
+            self._check_choice(worker)
+            answer = self._counted(worker.receive())
             waiting.popleft()
             return answer
         except _Died:
@@ -155,10 +183,26 @@ class DecodePool:
         for owed, later in waiting:
             if owed == place:
                 self._worker(place).send(later, BATCH_LIMIT_S)
-        return Decoded(
-            np.concatenate([single.squares for single in singles]),
-            [reason for single in singles for reason in single.reasons],
-            [digest for single in singles for digest in single.digests],
+        return joined(singles)
+
+    def _try(self, file: ImageFile, name: str) -> Decoded | str:
+        """What a decoder makes of a file, or how the file ended a fresh process of it."""
+        for _ in range(TRIES):
+            self._check_interrupted()
+            fresh = name not in self._spares
+            if fresh:
+                self._spares[name] = _Worker(self.framing, [name], self._threads)
+            self._spares[name].send([file], FILE_LIMIT_S)
+            try:
+                return self._counted(self._spares[name].receive())
+            except _Died as death:
+                self._spares.pop(name).end()
+                reason = death.reason
+                if fresh and death.by_file:
+                    return reason
+        raise RunError(
+            f"the processes that decode end again and again, for lack of memory or by somebody "
+            f"({reason})"
         )
 
     def _counted(self, answer: tuple[Decoded, int, int]) -> Decoded:
@@ -167,14 +211,25 @@ class DecodePool:
         self.enlarged += enlarged
         return decoded
 
+    def _check_choice(self, worker: _Worker) -> None:
+        """All by one decoder: another's squares may differ by a level."""
+        name, faults = worker.chosen()
+        if name != self.name:
+            raise RunError(
+                f"one process decodes with {self.name}, another only with {name} "
+                f"({'; '.join(faults)}): --decoder {name} lets all of them"
+            )
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise Interrupted
+
     def _worker(self, place: int) -> _Worker:
+        self._check_interrupted()
         worker = self._workers[place]
         if worker is None:
-            worker = self._workers[place] = self._start()
+            worker = self._workers[place] = _Worker(self.framing, [self.name], self._threads)
         return worker
-
-    def _start(self) -> _Worker:
-        return _Worker(self.framing, [self.name], self._threads)
 
     def _end(self, place: int) -> None:
         worker, self._workers[place] = self._workers[place], None
@@ -182,7 +237,35 @@ class DecodePool:
             worker.end()
 
 
-def batches(files: Sequence[ImageFile]) -> Iterator[list[ImageFile]]:
+def open_pool(options: DataOptions, files: Sequence[ImageFile]) -> DecodePool:
+    """The processes that decode these files by these options; says which decoder they have."""
+    framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
+    processes = sum(1 for _ in batches(files))
+    names: list[str] = [options.decoder]
+    if options.decoder == "auto":
+        names = _fastest(files, min(cores(), MAX_WORKERS, processes))
+    pool = DecodePool(framing, names, processes)
+    why = pool.why
+    if options.decoder == "auto" and len(names) == 1:
+        why = f"a small set: DALI pays from {DALI_PAYS_BYTES / 1e6:,.0f} MB a process" + why
+    tell = warn if pool.why not in ("", NO_GPU) else say
+    tell(f"decoding with {pool.name}{f' ({why})' if why else ''}")
+    return pool
+
+
+def _fastest(files: Sequence[ImageFile], processes: int) -> list[str]:
+    """What `auto` tries.
+
+    The GPU is for JPEGs: to inflate a PNG is work for the CPU's cores, and kornia-rs in all of them
+    does it three times as fast as DALI there.
+    """
+    if sum(file.size_bytes for file in files) < DALI_PAYS_BYTES * max(1, processes):
+        return ["pillow"]
+    jpegs = sum(file.name.lower().endswith(JPEG_SUFFIXES) for file in files)
+    return list(DECODERS if 2 * jpegs > len(files) else DECODERS[1:])
+
+
+def batches(files: Iterable[ImageFile]) -> Iterator[list[ImageFile]]:
     """The files in requests of a fair size."""
     batch: list[ImageFile] = []
     batch_bytes = 0
@@ -196,15 +279,20 @@ def batches(files: Sequence[ImageFile]) -> Iterator[list[ImageFile]]:
         yield batch
 
 
-class _Died(Exception):
-    """A worker ended by itself; the reason as it is given for a file that was alone in it."""
+def joined(parts: Sequence[Decoded]) -> Decoded:
+    """Several as one."""
+    return Decoded(
+        np.concatenate([part.squares for part in parts]),
+        [reason for part in parts for reason in part.reasons],
+        [digest for part in parts for digest in part.digests],
+    )
 
-    def __init__(self, code: int) -> None:
-        if code == -signal.SIGALRM:
-            self.reason = f"hangs: its decoder was not done after {FILE_LIMIT_S:.0f} s"
-        else:
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.reason = f"crashes: its decoder died of {how}"
+
+class _Died(Exception):
+    """A worker ended, by itself or by a signal; the reason for a file that was alone in it."""
+
+    def __init__(self, reason: str, *, by_file: bool = True) -> None:
+        self.reason, self.by_file = reason, by_file  # whether a file may be what ended it
 
 
 class _Worker:
@@ -215,32 +303,35 @@ class _Worker:
         self._chosen: tuple[str, list[str]] | None = None
         root = str(Path(__file__).resolve().parents[2])  # fastgan may have been found in any way
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        wanted = {"framing": asdict(framing), "decoders": list(decoders), "threads": threads}
-        self._write(wanted)
+        try:
+            # not stdout, where a site's own start-up may print
+            here, there = os.pipe()
+            self._answers = open(here, "rb")  # noqa: SIM115 - closed by `end`
+            with open(there, "wb"):
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", WORKER, str(there)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(there,),
+                    env={**os.environ, "PYTHONPATH": path},
+                )
+        except OSError as error:
+            raise RunError(f"a process that decodes cannot be started: {error}") from None
+        self._write({"framing": asdict(framing), "decoders": list(decoders), "threads": threads})
 
     def chosen(self) -> tuple[str, list[str]]:
         """The decoder that it opened, and what those before it lack."""
         if self._chosen is None:
-            try:
-                head = self._head()
-            except _Died as death:
-                raise RunError(
-                    f"the process that decodes cannot be started ({death.reason})"
-                ) from None
+            head = self._head()
             if "fault" in head:
                 raise RunError(head["fault"])
             self._chosen = head["name"], head["faults"]
         return self._chosen
 
     def send(self, files: Sequence[ImageFile], limit_s: float) -> None:
-        self._write([limit_s, [to_json(file) for file in files]])
+        limits = (limit_s, WALL_FACTOR * limit_s)
+        self._write([*limits, [to_json(file) for file in files]])
 
     def receive(self) -> tuple[Decoded, int, int]:
         """The answer to the oldest request, images by Pillow, and images enlarged."""
@@ -252,12 +343,17 @@ class _Worker:
         decoded = Decoded(squares, head["reasons"], head["digests"])
         return decoded, head["by_pillow"], head["enlarged"]
 
-    def end(self) -> None:
+    def kill(self) -> None:
+        """End the process, which whoever waits for it finds out."""
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):  # what could not be written to a dead process
-                assert pipe is not None
-                pipe.close()
+
+    def end(self) -> None:
+        """End the process and its pipes."""
+        self._process.kill()
+        assert self._process.stdin is not None
+        with suppress(OSError):  # what could not be written to a dead process
+            self._process.stdin.close()
+        self._answers.close()
         self._process.wait()
 
     def _write(self, values: Any) -> None:
@@ -267,25 +363,26 @@ class _Worker:
             self._process.stdin.flush()
 
     def _head(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line.endswith(b"\n"):
-            self._died()
+            raise self._death()
         head = json.loads(line)
         if "error" in head:
-            raise RuntimeError(f"the process that decodes failed:\n{head['error']}")
+            raise _Died(f"fails: {head['error']}")
         return head
 
     def _fill(self, buffer: memoryview) -> None:
-        assert self._process.stdout is not None
         done = 0
         while done < len(buffer):
-            got = self._process.stdout.readinto(buffer[done:])  # type: ignore[attr-defined]
+            got = self._answers.readinto(buffer[done:])
             if not got:
-                self._died()
+                raise self._death()
             done += got
 
-    def _died(self) -> None:
+    def _death(self) -> _Died:
         code = self._process.wait()
-        self.end()
-        raise _Died(code)
+        if code in (-signal.SIGPROF, -signal.SIGALRM):
+            return _Died(f"hangs: its decoder was not done after {FILE_LIMIT_S:g} s")
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        by_file = self._chosen is not None and -code not in ENDED_BY_OTHERS
+        return _Died(f"crashes: its decoder died of {how}", by_file=by_file)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from .. import lock
 from ..config import DataOptions
-from ..console import bar, say
+from ..console import bar, say, warn
 from ..env import cores
 from ..errors import UsageError
 from ..paths import absolute
@@ -26,7 +27,7 @@ from .cache import (
     read_cache,
     summary,
 )
-from .image_file import ImageFile
+from .image_file import ImageFile, open_regular
 from .place import check_place
 from .wanted import DEFAULTS, Wanted, pixel_options, want
 
@@ -55,14 +56,19 @@ def prepare(
     """
     folder = Path(absolute(source, flag))
     if not source.startswith("faces:") and is_cache(folder):
+        if verify:
+            raise UsageError(f"--verify needs the images, and {flag} {folder} is a cache: --check")
         return _open_source(folder, options, out, flag)
     wanted = want(source, options, flag)
+    if options.holdout and not wanted.held_out:
+        warn(f"--holdout {options.holdout:g} sets none of {wanted.count:,} images aside")
     place_flag = "--out" if out is not None else "--cache"
     path = out if out is not None else (root or default_root()) / wanted.folder_name
     path = Path(os.path.realpath(path))  # a link in its place would be in the way of the rename
-    cache, _ = _reuse(wanted, path, place_flag, verify)
-    if cache is not None:
-        return cache
+    if not verify:  # else that is done once, under the lock
+        cache, _ = _reuse(wanted, path, place_flag, verify)
+        if cache is not None:
+            return cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock.alone(path.parent / f".{path.name}.lock", lambda: _say_waiting(path)) as locked:
@@ -104,7 +110,9 @@ def _reuse(
         reason = f"the cache is damaged: {damage}"
     if reason:
         return None, reason
-    say(f"{summary(cache)} (reused)")
+    skipped = sum(1 for _ in _lines(cache.path / SKIPPED))
+    without = f", without {skipped:,} that were skipped" if skipped else ""
+    say(f"{summary(cache)} (reused{without})")
     return cache, ""
 
 
@@ -127,6 +135,11 @@ def _open_source(folder: Path, options: DataOptions, out: Path | None, flag: str
                 f"--{key.replace('_', '-')} {wish} is not what the cache {folder} was made with "
                 f"({held}): prepare another"
             )
+    if options.decoder not in ("auto", cache.meta.decoder):
+        raise UsageError(
+            f"--decoder {options.decoder} is not what the cache {folder} was made with "
+            f"({cache.meta.decoder}): prepare another"
+        )
     framed = [
         f"{key.replace('_', '-')} {value}"
         for key, value in cache.meta.options.items()
@@ -140,9 +153,9 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
     """Why the cache does not serve, or an empty string."""
     meta, decoder = cache.meta, wanted.options.decoder
     if meta.fingerprint == wanted.fingerprint:
-        if wanted.drawn or decoder in ("auto", meta.decoder):
-            return ""
-        return f"it was decoded by {meta.decoder}, not {decoder}"
+        if not wanted.drawn and decoder not in ("auto", meta.decoder):
+            return f"it was decoded by {meta.decoder}, not {decoder}"
+        return _readable_now(cache, wanted)
     wishes = pixel_options(wanted.options)
     if meta.size != wanted.options.size:
         return f"it holds images of {meta.size} px, not {wanted.options.size}"
@@ -170,6 +183,19 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
     return ", ".join([f"{number} {'file' if number == '1' else 'files'} {what}", *rest])
 
 
+def _readable_now(cache: Cache, wanted: Wanted) -> str:
+    """A file that could not be read when the cache was built, and can be now; or ""."""
+    lost = {
+        row["name"]
+        for row in _lines(cache.path / SKIPPED)
+        if str(row.get("reason")).startswith("unreadable")
+    }
+    for file in wanted.files if lost else ():
+        if file.name in lost and not isinstance(file.read(), str):
+            return f"{file.name!a} can be read now"
+    return ""
+
+
 def _changed_contents(cache: Cache, wanted: Wanted) -> str:
     """Why the files' contents are not those the cache was made from, or an empty string."""
     if wanted.drawn:
@@ -177,6 +203,8 @@ def _changed_contents(cache: Cache, wanted: Wanted) -> str:
     before, files = _rows(cache), wanted.files
     with bar("verifying", len(files)) as progress, ThreadPoolExecutor(cores()) as threads:
         for done, (file, digest) in enumerate(zip(files, threads.map(_sha256, files), strict=True)):
+            if file.name not in before:
+                raise DamagedError(f"{file.name!a} is in none of its lists")
             if digest != before[file.name].get("sha256"):
                 return f"the contents of {file.name!a} changed"
             progress.update(done + 1)
@@ -190,12 +218,16 @@ def _sha256(file: ImageFile) -> str | None:
 
 def _rows(cache: Cache) -> dict[str, dict[str, Any]]:
     """The rows of files.jsonl and skipped.jsonl by the files' names."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in (FILES, SKIPPED):
-        try:
-            for line in (cache.path / name).read_text(encoding="utf-8").splitlines():
+    return {row["name"]: row for name in (FILES, SKIPPED) for row in _lines(cache.path / name)}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with open_regular(path) as lines:
+            for line in lines:
                 row = json.loads(line)
-                rows[row["name"]] = row
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedError(f"{name} cannot be read") from error
-    return rows
+                if not isinstance(row.get("name"), str):
+                    raise ValueError("a row without a name")
+                yield row
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{path.name} cannot be read ({error})") from error

@@ -29,11 +29,19 @@ class StreamFeed(Feed):
 
     Args:
         size: edge of the images in pixels.
+        interrupt: called from another thread to end what `fetch` waits for.
     """
 
-    def __init__(self, fetch: Fetch, size: int, sampler: Sampler, device: torch.device) -> None:
+    def __init__(
+        self,
+        fetch: Fetch,
+        size: int,
+        sampler: Sampler,
+        device: torch.device,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(sampler)
-        self._fetch, self._share = fetch, sampler.share
+        self._fetch, self._share, self._interrupt = fetch, sampler.share, interrupt
         shape = (SLOTS * self._share, size, size, 3)
         self.images = torch.zeros(shape, dtype=torch.uint8, device=device)
         self._index = torch.arange(SLOTS * self._share, device=device).split(self._share)
@@ -45,11 +53,7 @@ class StreamFeed(Feed):
     def next(self) -> Batch:
         if self._thread is None:
             self._start()
-        if self._taken is not None:
-            if self._upload is not None:
-                self._upload.read(self._taken)
-            self._free.put(self._taken)
-            self._taken = None
+        self._give_back()
         slot = self._ready.get()
         if isinstance(slot, BaseException):
             self.close()
@@ -65,12 +69,26 @@ class StreamFeed(Feed):
         super().load_state_dict(state)
 
     def close(self) -> None:
+        self._give_back()
         if self._thread is not None:
             self._free.put(None)
+            self._interrupt()
             self._thread.join()
-            self._thread = self._taken = None
+            self._thread = None
+        if self._upload is not None:
+            self._upload.finish()
+
+    def _give_back(self) -> None:
+        """What was queued until here is all that reads the slot last taken."""
+        if self._taken is not None:
+            if self._upload is not None:
+                self._upload.read(self._taken)
+            self._free.put(self._taken)
+            self._taken = None
 
     def _start(self) -> None:
+        # Not before the first batch is asked for: while another thread captures the step as a CUDA
+        # graph, nothing here may allocate memory on the GPU.
         self._free: SimpleQueue[int | None] = SimpleQueue()
         self._ready: SimpleQueue[int | BaseException] = SimpleQueue()
         for slot in range(SLOTS):
@@ -101,7 +119,9 @@ class _Upload:
     def __init__(self, buffers: tuple[torch.Tensor, ...]) -> None:
         self._buffers = buffers
         self._pinned = [torch.empty(b.shape, dtype=b.dtype, pin_memory=True) for b in buffers]
-        self._stream = torch.cuda.Stream(buffers[0].device)
+        self._device = buffers[0].device
+        self._stream = torch.cuda.Stream(self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # it zeroes the buffers
         self._sent = [torch.cuda.Event() for _ in buffers]
         self._read = [torch.cuda.Event() for _ in buffers]
 
@@ -111,15 +131,19 @@ class _Upload:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._read[slot])
             self._buffers[slot].copy_(self._pinned[slot], non_blocking=True)
-            self._sent[slot].record()
+            self._sent[slot].record(self._stream)
 
     def wait(self, slot: int) -> None:
         """What is queued from here on sees the slot's new pixels."""
-        torch.cuda.current_stream().wait_event(self._sent[slot])
+        torch.cuda.current_stream(self._device).wait_event(self._sent[slot])
 
     def read(self, slot: int) -> None:
         """What was queued until here is all that reads the slot's pixels."""
-        self._read[slot].record()
+        self._read[slot].record(torch.cuda.current_stream(self._device))
+
+    def finish(self) -> None:
+        """Wait for the copies under way: the buffers may be freed next."""
+        self._stream.synchronize()
 
 
 def from_map(images: np.ndarray) -> Fetch:

@@ -7,8 +7,9 @@ same on every machine and for a folder and its zip, and adding files changes no 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
+
+from .image_file import name_bytes
 
 
 def take(names: Sequence[str], limit: int | None, keep: float) -> list[int]:
@@ -37,6 +38,6 @@ def _chances(names: Iterable[str], purpose: str) -> list[float]:
     """For each name a number in [0, 1): 64 bits of BLAKE2b, personalized with `purpose`."""
     person = purpose.encode()
     digests = (
-        hashlib.blake2b(os.fsencode(name), digest_size=8, person=person).digest() for name in names
+        hashlib.blake2b(name_bytes(name), digest_size=8, person=person).digest() for name in names
     )
     return [int.from_bytes(digest, "big") / 2**64 for digest in digests]

@@ -1,10 +1,11 @@
 """The process that reads and decodes for `pool.DecodePool`.
 
 Whatever a file makes a decoder do, print, crash, hang or ask for all memory, it does here: what is
-printed goes nowhere, an alarm ends a decoder that hangs, and memory is limited. torch stays out:
-DALI would import it where it finds it, which costs 470 MB and seconds.
+printed goes nowhere, alarms end a decoder that hangs, and memory is limited, but for CUDA's. torch
+stays out: DALI would import it where it finds it, which costs 470 MB and seconds.
 
-Requests are lines of JSON on stdin, answers on stdout: a line of JSON, then the squares' bytes.
+Requests are lines of JSON on stdin; answers go to the descriptor that is the first argument: a line
+of JSON, then the squares' bytes.
 """
 
 from __future__ import annotations
@@ -33,11 +34,9 @@ PIXEL_BYTES = 32  # and for each pixel of the largest image: 16-bit RGBA, and a 
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
-    answers = os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(null, stream)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the parent, which ends this
+    answers = os.fdopen(int(sys.argv[1]), "wb")
     warnings.simplefilter("ignore")
     sys.modules["torch"] = None  # type: ignore[assignment]  # "not to be found"
     try:
@@ -54,8 +53,11 @@ def main() -> None:
         _serve(decoder, answers)
     except BrokenPipeError:  # the parent is gone
         pass
-    except Exception:
-        _answer(answers, {"error": traceback.format_exc()})
+    except Exception as error:
+        lines = traceback.extract_tb(error.__traceback__)
+        where = f"{os.path.basename(lines[-1].filename)}:{lines[-1].lineno}"
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        _answer(answers, {"error": f"{text} ({where})"})
 
 
 def _serve(decoder: Decoder, answers: IO[bytes]) -> None:
@@ -64,11 +66,11 @@ def _serve(decoder: Decoder, answers: IO[bytes]) -> None:
     while (request := requests.get()) is not None:
         if isinstance(request, Exception):
             raise request
-        limit_s, blobs, digests = request
+        cpu_s, wall_s, blobs, digests = request
         by_pillow, enlarged = decoder.by_pillow, decoder.enlarged
-        signal.setitimer(signal.ITIMER_REAL, limit_s)  # unless it is back by then, SIGALRM kills
+        _set_alarms(cpu_s, wall_s)
         decoded = iter(decoder.decode([blob for blob in blobs if isinstance(blob, bytes)]))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_alarms(0, 0)
         results = [next(decoded) if isinstance(blob, bytes) else blob for blob in blobs]
         head = {
             "reasons": [result if isinstance(result, str) else None for result in results],
@@ -83,13 +85,13 @@ def _read(lines: IO[bytes], requests: SimpleQueue[Any]) -> None:
     """Read the files of the next requests while others are decoded."""
     try:
         for line in lines:
-            limit_s, files = json.loads(line)
+            cpu_s, wall_s, files = json.loads(line)
             blobs = [from_json(file).read() for file in files]
             digests = [
                 hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
                 for blob in blobs
             ]
-            requests.put((limit_s, blobs, digests))
+            requests.put((cpu_s, wall_s, blobs, digests))
         requests.put(None)
     except Exception as error:
         requests.put(error)
@@ -102,6 +104,12 @@ def _answer(
     for square in squares or []:
         answers.write(np.ascontiguousarray(square).data)
     answers.flush()
+
+
+def _set_alarms(cpu_s: float, wall_s: float) -> None:
+    """Unless they are set to 0 by then, SIGPROF or SIGALRM ends the process, Python or not."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, wall_s)
 
 
 def _limit_memory(more_bytes: int) -> None:

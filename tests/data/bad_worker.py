@@ -7,16 +7,21 @@ import time
 from PIL import Image
 
 from fastgan.data import worker
+from fastgan.data.dali_decoder import DaliDecoder
 from fastgan.data.pillow_decoder import PillowDecoder
 
 decode_one, image_open = PillowDecoder.decode_one, Image.open
+header = DaliDecoder._header
 
 
 def obey(self, blob):
     match blob:
         case b"crash":
             os.kill(os.getpid(), signal.SIGSEGV)
-        case b"hang":
+        case b"spin":
+            while True:
+                pass
+        case b"wait":
             time.sleep(1000)
         case b"exit":
             os._exit(3)
@@ -25,7 +30,13 @@ def obey(self, blob):
             os.write(2, b"to stderr\n" * 100)
         case b"fault":
             raise ZeroDivisionError("a mistake of ours")
-    return decode_one(self, blob)
+    return decode_one(self, blob.removeprefix(b"crash, but for Pillow"))
+
+
+def obey_header(self, blob):
+    if blob.startswith(b"crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return header(self, blob)
 
 
 def open_image(file, **options):
@@ -36,5 +47,6 @@ def open_image(file, **options):
 
 if __name__ == "__main__":
     PillowDecoder.decode_one = obey
+    DaliDecoder._header = obey_header
     Image.open = open_image
     worker.main()

@@ -95,9 +95,11 @@ def patched(path, name, at, value):
     ("at", "value", "kind"),
     [
         (16, b"\0\0\0\1", "damaged archive: the member's checksum does not fit"),
-        (24, struct.pack("<I", 99), "damaged archive: the member's checksum does not fit"),
+        (20, struct.pack("<I", 0xFFFFFFF0), "damaged archive: the member's place or sizes do not"),
+        (24, struct.pack("<I", 99), "damaged archive: the member's"),
         (24, struct.pack("<I", 2 << 30), "too large"),
         (42, struct.pack("<I", 3), "damaged archive: no member where its directory says"),
+        (42, struct.pack("<I", 1 << 30), "damaged archive: the member's place or sizes do not fit"),
         (8, b"\1\0", "encrypted"),
     ],
 )
@@ -123,8 +125,10 @@ def test_archives_of_a_size_no_images_have(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--data: .*bomb.zip claims to hold 52,428,800 bytes in"):
         find_images(bomb)
     many = make(tmp_path / "many.zip", {f"{i}.png": b"" for i in range(100)})
-    monkeypatch.setattr(archive, "MAX_DIRECTORY_BYTES", 4000)
-    with pytest.raises(UsageError, match="--data: the directory of .*many.zip has .* bytes, over"):
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 100)  # an entry of 5 bytes more than the least
+    with pytest.raises(
+        UsageError, match="--data: .*many.zip may have 1[0-9][0-9] members, over 100"
+    ):
         find_images(many)
 
 

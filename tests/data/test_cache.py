@@ -20,6 +20,7 @@ from fastgan import lock
 from fastgan.config import DataOptions
 from fastgan.data import build, faces, image_file, place, pool
 from fastgan.data.cache import check_cache, open_cache
+from fastgan.data.decode import DECODERS
 from fastgan.data.faces import draw_faces
 from fastgan.data.prepare import default_root, prepare
 from fastgan.data.subset import hold_out, take
@@ -159,12 +160,13 @@ def test_malformed_faces(source, tmp_path):
         prepare(source, DataOptions(size=16), root=tmp_path)
 
 
-def test_the_decoder_chosen_for_this_machine(folder, tmp_path, capfd):
+def test_the_decoder_chosen_for_this_machine(folder, tmp_path, capfd, monkeypatch):
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:50])
+    monkeypatch.setattr(pool, "DALI_PAYS_BYTES", 0)
     made = prepare(str(folder), DataOptions(size=8), out=tmp_path / "cache")
     assert colours(made.images) == [0, 20, 30, 40]
     said = capfd.readouterr()
-    with pool.DecodePool(Framing(8)) as chosen:
+    with pool.DecodePool(Framing(8), DECODERS[1:]) as chosen:
         assert made.meta.decoder == chosen.name
     assert f"decoding with {chosen.name}" in said.out + said.err
     assert "skipped 1 of 5 files: 1 truncated PNG" in said.out and "png" not in said.err
@@ -194,9 +196,10 @@ def test_more_than_half_refused_stops_the_build(bad, folder, tmp_path):
     with pytest.raises(UsageError) as caught:
         prepare(str(folder), by(8, min_size=8), out=tmp_path / "cache")
     assert str(caught.value) == (
-        f"--data: 3 of 5 images in {folder} are refused, more than half: "
-        "0.png: too small: 7x7 is under 8 pixels; 1.png: too small: 7x7 is under 8 pixels; "
-        "2.png: too small: 7x7 is under 8 pixels"
+        f"--data: 3 of 5 images in {folder} are refused, more than half (3 too small): "
+        "0.png: too small: 7x7 is under 8 pixels (--min-size); "
+        "1.png: too small: 7x7 is under 8 pixels (--min-size); "
+        "2.png: too small: 7x7 is under 8 pixels (--min-size)"
     )
     assert os.listdir(tmp_path) == ["faces"]
 
@@ -294,9 +297,12 @@ def test_a_zip_gives_the_set_of_its_folder(folder, tmp_path):
 def test_a_check_reads_everything(folder, tmp_path):
     path = prepare(str(folder), by(8), out=tmp_path / "cache").path
     assert check_cache(path).count == 5
-    for name in ("images.npy", "files.jsonl"):
+    for name in ("images.npy", "files.jsonl", "meta.json"):
         content = (path / name).read_bytes()
-        (path / name).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        if name == "meta.json":
+            (path / name).write_bytes(content.replace(b'"keep": 1.0', b'"keep": 0.5'))
+        else:
+            (path / name).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
         with pytest.raises(RunError, match=f"{name} is not what was written: its SHA-256"):
             check_cache(path)
         (path / name).write_bytes(content)
@@ -314,11 +320,11 @@ def test_verify_reads_the_files_again(folder, tmp_path, capsys):
     file.write_bytes(content[:-1] + b"!")  # of the same length, and by its time the same
     os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
     prepare(str(folder), by(8), out=path)
-    assert capsys.readouterr().out.endswith("(reused)\n")
+    assert capsys.readouterr().out.endswith("(reused, without 1 that were skipped)\n")
     prepare(str(folder), by(8), out=path, verify=True)
     assert f"rebuilding {path}: the contents of '2.png' changed\n" in capsys.readouterr().out
     prepare(str(folder), by(8), out=path, verify=True)
-    assert capsys.readouterr().out.endswith("(reused)\n")
+    assert capsys.readouterr().out.endswith("(reused, without 1 that were skipped)\n")
 
 
 # Used again, or built anew
@@ -371,8 +377,14 @@ def edit_files(path, folder):
         (lambda path, folder: (path / "meta.json").write_text('{"form'), "damaged: JSONDecodeErr"),
         (lambda path, folder: (path / "images.npy").unlink(), "the cache is damaged: FileNotFound"),
         (other_meta(count=6), "the cache is damaged: images.npy has 1,088 bytes"),
-        (other_meta(format_version=9), "the cache is damaged: its format is version 9"),
-        (other_options(crop="left"), "--crop is center now, was left"),
+        (other_meta(format_version=1), "the cache is damaged: its format is version 1, not 2"),
+        (other_meta(held_out=True), "the cache is damaged: meta.json: held_out: Input should be"),
+        (other_meta(held_out=5), "the cache is damaged: meta.json counts 5 held out of 5 images"),
+        (other_meta(source=5), "the cache is damaged: meta.json: source: Input should be"),
+        (other_meta(sha256=None), "the cache is damaged: meta.json: sha256: Input should be"),
+        (other_options(size="8"), "the cache is damaged: meta.json: size: Input should be"),
+        (lambda path, folder: (path / "files.jsonl").unlink(), "damaged: FileNotFoundError"),
+        (other_options(crop="5x5"), "--crop is center now, was 5x5"),
         (other_meta(fingerprint="0"), "its fingerprint does not fit its files"),
     ],
 )
@@ -391,6 +403,64 @@ def test_what_does_not_fit_is_built_anew_with_the_reason(change, reason, folder,
     assert sorted(os.listdir(tmp_path)) == ["cache", "faces"]  # nothing is left of the old one
     prepare(str(folder), by(8), out=path)
     assert "(reused)" in capsys.readouterr().out
+
+
+def test_a_cache_of_a_newer_fastgan_is_left_alone(folder, tmp_path):
+    path = tmp_path / "cache"
+    prepare(str(folder), by(8), out=path)
+    other_meta(format_version=9)(path)
+    before = tree(path)
+    for arguments in ({"source": str(folder), "out": path}, {"source": str(path)}):
+        with pytest.raises(UsageError, match=r"of a newer fastgan \(format 9, this one knows 2\)"):
+            prepare(options=by(8), **arguments)
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "a link to /dev/zero", "a pipe", "long"])
+def test_a_source_with_a_strange_meta_json(content, folder, tmp_path):
+    place = folder / "meta.json"
+    if content == "a pipe":
+        os.mkfifo(place)
+    elif content == "a link to /dev/zero":
+        place.symlink_to("/dev/zero")
+    elif content == "long":
+        with open(place, "wb") as file:
+            file.truncate(60 << 30)
+    else:
+        place.write_text(content)
+    assert prepare(str(folder), by(8), out=tmp_path / "cache").count == 5
+
+
+def test_a_file_that_becomes_readable_is_taken(folder, tmp_path, capsys):
+    path = tmp_path / "cache"
+    (folder / "9.png").symlink_to(tmp_path / "elsewhere" / "9.png")
+    prepare(str(folder), by(8), out=path)
+    prepare(str(folder), by(8), out=path)
+    assert capsys.readouterr().out.endswith("(reused, without 1 that were skipped)\n")
+    row = json.loads((path / "skipped.jsonl").read_text())
+    row["name"] = "2.png"  # as one that was not to be read for a while, with its times
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "skipped.jsonl").write_text(
+        json.dumps(row | {"reason": "unreadable: I/O error"}) + "\n"
+    )
+    assert meta["count"] == 5
+    prepare(str(folder), by(8), out=path)
+    assert f"rebuilding {path}: '2.png' can be read now\n" in capsys.readouterr().out
+
+
+def test_what_comes_into_its_place_meanwhile_is_not_replaced(folder, tmp_path, monkeypatch):
+    path, run = tmp_path / "cache", pool.DecodePool.run
+
+    def meanwhile(self, batches):
+        yield from run(self, batches)
+        path.mkdir()
+        (path / "images.npy").write_text("precious")
+
+    monkeypatch.setattr(pool.DecodePool, "run", meanwhile)
+    with pytest.raises(UsageError, match="must be a new folder, an empty one or a cache"):
+        prepare(str(folder), by(8), out=path)
+    assert tree(path) == {"images.npy": b"precious"}
+    assert sorted(os.listdir(tmp_path)) == ["cache", "faces"]
 
 
 def test_another_size_or_source_in_its_place(folder, tmp_path, capsys):

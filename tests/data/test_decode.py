@@ -14,7 +14,8 @@ from PIL import Image
 from fastgan.data import dali_decoder
 from fastgan.data.dali_decoder import DaliDecoder
 from fastgan.data.decode import DECODERS, open_decoder
-from fastgan.data.png_decoder import PngDecoder, png_route
+from fastgan.data.png_decoder import PngDecoder
+from fastgan.data.routes import jpeg_route, png_route
 from fastgan.errors import RunError
 from fastgan.framing import Crop, Framing
 
@@ -278,7 +279,7 @@ def test_damage_is_refused_file_by_file_with_its_kind(name):
     kinds = [str(reason).partition(":")[0] for reason in results[1::2]]
     assert kinds == [kind.strip() for kind in bad]
     assert all("\n" not in reason and len(reason) < 160 for reason in results[1::2])
-    assert results[9] == "too large: 12000x9000 is over 64,000,000 pixels"
+    assert results[9] == "too large: 12000x9000 is over 64,000,000 pixels (--max-pixels)"
 
 
 @both
@@ -287,8 +288,8 @@ def test_pictures_up_to_the_limit_are_taken(name):
     blobs = [encode(picture(*sides)) for sides in ((40, 50), (40, 51), (20, 30), (19, 30))]
     taken, large, least, small = opened.decode(blobs)
     assert taken.shape == least.shape == (8, 8, 3)
-    assert large == "too large: 51x40 is over 2,000 pixels"
-    assert small == "too small: 30x19 is under 20 pixels"
+    assert large == "too large: 51x40 is over 2,000 pixels (--max-pixels)"
+    assert small == "too small: 30x19 is under 20 pixels (--min-size)"
 
 
 @both
@@ -312,8 +313,8 @@ def test_crops_are_taken_from_the_upright_picture(name, orientation):
 def test_a_crop_that_does_not_fit_refuses_one_and_not_its_neighbours(name):
     blobs = [encode(picture(*sides)) for sides in ((40, 40), (23, 40), (24, 24), (40, 23))]
     results = decoder(name, 24, crop="24x24").decode(blobs)
-    assert results[1] == "too small: 40x23 does not hold the crop 24x24"
-    assert results[3] == "too small: 23x40 does not hold the crop 24x24"
+    assert results[1] == "too small: 40x23 does not hold --crop 24x24"
+    assert results[3] == "too small: 23x40 does not hold --crop 24x24"
     assert np.array_equal(results[0], picture(40, 40)[8:32, 8:32])
     assert np.array_equal(results[2], picture(24, 24))
 
@@ -385,6 +386,22 @@ def test_chunks_of_a_png():
     assert png_route(encode(Image.fromarray(picture(9, 9)), save_all=True)) == "rgb8"
 
 
+def test_exif_of_a_jpeg():
+    sound = encode(picture(24, 24), "JPEG", exif=exif(6))
+    assert jpeg_route(sound) == jpeg_route(encode(picture(24, 24), "JPEG")) == "other"
+    at = sound.index(b"Exif") + 6
+    count = at + int.from_bytes(
+        sound[at + 4 : at + 8], "big" if sound[at : at + 2] == b"MM" else "little"
+    )
+    for damage in (b"\x48\x01", b"\xff\xff"):
+        wild = sound[:count] + damage + sound[count + 2 :]
+        assert jpeg_route(wild) == "odd"
+        for name in HERE:  # the picture is sound, its orientation is lost
+            assert np.array_equal(one(name, wild, 24), one("pillow", wild, 24))
+    assert jpeg_route(sound[:at] + b"XX" + sound[at + 2 :]) == "odd"
+    assert all(jpeg_route(sound[:end]) in ("other", "odd") for end in range(len(sound)))
+
+
 def test_plain_pngs_of_all_sides_and_compressions():
     png = PngDecoder()
     assert not png.lack
@@ -437,7 +454,9 @@ def test_the_probe_finds_a_gpu_that_decodes_wrongly(monkeypatch, fault):
     assert chosen.name == "dali-cpu" and chosen.enlarged == 0
     said = "nvJPEG is not to be found" if fault == "raises" else "wrong colours"
     assert faults[0].startswith("no dali-gpu: ") and said in faults[0]
-    assert chosen.decode([encode(picture(40, 40))]) == ["too small: 40x40 is under 500 pixels"]
+    assert chosen.decode([encode(picture(40, 40))]) == [
+        "too small: 40x40 is under 500 pixels (--min-size)"
+    ]
 
 
 @pytest.mark.gpu

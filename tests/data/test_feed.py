@@ -122,7 +122,7 @@ def test_streamed_batches_are_the_resident_ones(count, batch, skipped, steps):
 
 
 def test_a_batch_stays_until_the_next_is_asked_for():
-    images = numbered(200)
+    images, threads = numbered(200), threading.active_count()
     streamed, sampler = streamed_feed(images, 4, 3), Sampler(200, 4, 3)
     for _ in range(60):
         batch, expected = streamed.next(), sampler.next() % 256
@@ -130,7 +130,23 @@ def test_a_batch_stays_until_the_next_is_asked_for():
             assert pixels(batch) == expected.tolist()
             time.sleep(0.001)  # for the thread to do what it must not
     streamed.close()
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
+
+
+def test_closing_does_not_wait_for_what_hangs():
+    ended = threading.Event()
+
+    def fetch(numbers):
+        yield np.zeros((4, 2, 2, 3), np.uint8)
+        assert ended.wait(60)
+        raise RuntimeError("interrupted")
+
+    sampler = Sampler(9, 4, 0)
+    streamed = StreamFeed(fetch, 2, sampler, torch.device("cpu"), ended.set)
+    streamed.next()
+    began = time.monotonic()
+    streamed.close()
+    assert time.monotonic() - began < 10
 
 
 def test_what_fails_in_the_thread_is_raised_at_the_step():
@@ -138,12 +154,13 @@ def test_what_fails_in_the_thread_is_raised_at_the_step():
         yield np.zeros((4, 2, 2, 3), np.uint8)
         raise OSError("the disk is gone")
 
+    threads = threading.active_count()
     streamed = StreamFeed(fetch, 2, Sampler(9, 4, 0), torch.device("cpu"))
     streamed.next()
     with pytest.raises(OSError, match="the disk is gone"):
         streamed.next()
     streamed.close()
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
 
 
 @settings(deadline=None)

@@ -7,6 +7,7 @@ import pytest
 from test_decode import encode, picture
 
 from fastgan.config import DataOptions
+from fastgan.data import pool
 from fastgan.data.on_the_fly import OnTheFly
 from fastgan.data.prepare import prepare
 from fastgan.errors import UsageError
@@ -67,6 +68,36 @@ def test_the_next_sound_image_stands_in_for_a_bad_one(folder, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(row["name"] for row in rows) == ["04.png", "05.png", "23.png"]
     assert {row["reason"] for row in rows} == {"not an image"}
+
+
+def test_a_stand_in_that_goes_bad_has_one_itself(folder):
+    whole = OnTheFly(str(folder), by())
+    sound = whole.pictures(np.arange(24))
+    whole.close()
+    (folder / "04.png").write_bytes(b"text")
+    set_ = OnTheFly(str(folder), by())
+    assert np.array_equal(batches(set_, [4, 4]), sound[[5, 5]])
+    (folder / "05.png").unlink()
+    assert np.array_equal(batches(set_, [4, 5, 3, 4, 5]), sound[[6, 6, 3, 6, 6]])
+    assert np.array_equal(batches(set_, [5, 4]), sound[[6, 6]])
+    set_.close()
+
+
+def test_large_batches_are_asked_for_in_pieces(folder, monkeypatch):
+    monkeypatch.setattr(pool, "BATCH", 7)
+    asked = []
+    send = pool._Worker.send
+    monkeypatch.setattr(
+        pool._Worker,
+        "send",
+        lambda self, files, s: (asked.append(len(files)), send(self, files, s)),
+    )
+    set_ = OnTheFly(str(folder), by())
+    rows = np.random.default_rng(0).integers(0, 24, 60)
+    got = batches(set_, rows, width=20)
+    assert np.array_equal(got, np.concatenate([set_.pictures(rows[i : i + 1]) for i in range(60)]))
+    assert asked[:9] == [7, 7, 6] * 3
+    set_.close()
 
 
 def test_too_many_bad_ones_or_one_may_end_it(folder):
