@@ -30,9 +30,10 @@ def in_own_process(*args: Any) -> dict[str, Any]:
 
 
 class Peak:
-    """The most memory that this process and its children have at a time, in RSS."""
+    """The most memory that this process and those it starts meanwhile have at a time, in RSS."""
 
     def __enter__(self) -> Peak:
+        self._others = set(children(str(os.getpid())))
         self.own_bytes = self.workers_bytes = self.total_bytes = self.workers = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -46,8 +47,8 @@ class Peak:
     def _watch(self) -> None:
         own = str(os.getpid())
         while not self._done.wait(PERIOD_S):
-            here, below = rss_bytes(own) or 0, [rss_bytes(pid) for pid in children(own)]
-            workers = [size for size in below if size]
+            here, started = rss_bytes(own) or 0, set(children(own)) - self._others
+            workers = [size for pid in started if (size := rss_bytes(pid))]
             self.own_bytes = max(self.own_bytes, here)
             self.workers_bytes = max(self.workers_bytes, sum(workers))
             self.total_bytes = max(self.total_bytes, here + sum(workers))

@@ -152,7 +152,9 @@ class DataOptions(Options):
     skipped.jsonl), or stop.
     """
     decoder: DecoderName = "auto"
-    """What decodes: DALI on the GPU or the CPU, or Pillow; auto takes the first that works."""
+    """What decodes: DALI on the GPU or the CPU, or Pillow with kornia-rs for PNGs; auto takes the
+    GPU for large sets of JPEGs, else Pillow.
+    """
 
 
 class TrainConfig(DataOptions, Source):

@@ -1,5 +1,5 @@
-"""NVIDIA DALI, on the GPU or the CPU; there kornia-rs takes plain PNGs, and Pillow everywhere what
-neither of them does or can.
+"""NVIDIA DALI, on the GPU, or on a CPU if asked for; there kornia-rs takes plain PNGs. What neither
+does or can is Pillow's.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ..framing import Framing
 from .dali_decoder import DaliDecoder, Unavailable
 from .pillow_decoder import PillowDecoder
 
-DECODERS = ("dali-gpu", "dali-cpu", "pillow")  # best first
+AUTO = ("dali-gpu", "pillow")  # and, by its name alone, dali-cpu
 
 
 class Decoder(Protocol):

@@ -1,6 +1,4 @@
-"""Pillow, for all formats but DALI's, for what DALI refuses, and for all where there is no DALI;
-there, too, plain PNGs go to kornia-rs.
-"""
+"""Pillow, with kornia-rs for plain PNGs: what decodes on a CPU, and what DALI refuses."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from ..console import say, warn
 from ..env import cores, driver_cuda
 from ..errors import RunError
 from ..framing import Framing
-from .decode import DECODERS
+from .decode import AUTO
 from .image_file import ImageFile
 from .images import JPEG_SUFFIXES
 from .worker import to_json
@@ -43,9 +43,8 @@ WALL_FACTOR = 10  # times as long by the clock, for what waits for ever: a machi
 TRIES = 5  # of a file whose processes somebody else ends
 ENDED_BY_OTHERS = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 WORKER = f"{__package__}.worker"
-# DALI takes a second to start, and then 0.4 ms less a 200 px JPEG of 9 KB than Pillow's 0.45 (on a
-# CPU), 1.5 ms less a 1024 px PNG of 1.3 MB than Pillow's and kornia-rs's 11
-DALI_PAYS_BYTES = 512 << 20  # of files, for each process
+# of JPEGs, a core: below that the cores are done before CUDA has started (estimated, not measured)
+GPU_PAYS_BYTES = 256 << 20
 NO_GPU = "no dali-gpu: there is no NVIDIA GPU"
 
 
@@ -66,7 +65,7 @@ class DecodePool:
     """Decodes image files in other processes.
 
     Args:
-        decoders: names of `decode.DECODERS`; the first that works here is taken.
+        decoders: names of decoders (`decode.py`); the first that works here is taken.
         processes: at most so many, where fewer do.
 
     Attributes:
@@ -82,7 +81,7 @@ class DecodePool:
     def __init__(
         self,
         framing: Framing,
-        decoders: Sequence[str] = DECODERS,
+        decoders: Sequence[str] = AUTO,
         processes: int = MAX_WORKERS,
     ) -> None:
         self.framing = framing
@@ -241,28 +240,22 @@ def open_pool(options: DataOptions, files: Sequence[ImageFile]) -> DecodePool:
     """The processes that decode these files by these options; says which decoder they have."""
     framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
     processes = sum(1 for _ in batches(files))
-    names: list[str] = [options.decoder]
-    if options.decoder == "auto":
-        names = _fastest(files, min(cores(), MAX_WORKERS, processes))
+    names = _fastest(files) if options.decoder == "auto" else (options.decoder,)
     pool = DecodePool(framing, names, processes)
-    why = pool.why
-    if options.decoder == "auto" and len(names) == 1:
-        why = f"a small set: DALI pays from {DALI_PAYS_BYTES / 1e6:,.0f} MB a process" + why
-    tell = warn if pool.why not in ("", NO_GPU) else say
-    tell(f"decoding with {pool.name}{f' ({why})' if why else ''}")
+    tell = say if pool.why in ("", NO_GPU) else warn
+    tell(f"decoding with {pool.name}{f' ({pool.why})' if pool.why else ''}")
     return pool
 
 
-def _fastest(files: Sequence[ImageFile], processes: int) -> list[str]:
-    """What `auto` tries.
+def _fastest(files: Sequence[ImageFile]) -> Sequence[str]:
+    """What `auto` tries: the GPU for a large set of JPEGs.
 
-    The GPU is for JPEGs: to inflate a PNG is work for the CPU's cores, and kornia-rs in all of them
-    does it three times as fast as DALI there.
+    A PNG is inflated on the CPU wherever it goes, by kornia-rs in a third of DALI's time. On a CPU
+    Pillow (with kornia-rs) is as fast as DALI once both are running, and starts a second sooner.
     """
-    if sum(file.size_bytes for file in files) < DALI_PAYS_BYTES * max(1, processes):
-        return ["pillow"]
+    large = sum(file.size_bytes for file in files) >= GPU_PAYS_BYTES * cores()
     jpegs = sum(file.name.lower().endswith(JPEG_SUFFIXES) for file in files)
-    return list(DECODERS if 2 * jpegs > len(files) else DECODERS[1:])
+    return AUTO if large and 2 * jpegs > len(files) else AUTO[-1:]
 
 
 def batches(files: Iterable[ImageFile]) -> Iterator[list[ImageFile]]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastgan.data import dali_decoder
 from fastgan.data.dali_decoder import DaliDecoder
-from fastgan.data.decode import DECODERS, open_decoder
+from fastgan.data.decode import open_decoder
 from fastgan.data.png_decoder import PngDecoder
 from fastgan.data.routes import jpeg_route, png_route
 from fastgan.errors import RunError
@@ -21,6 +21,7 @@ from fastgan.framing import Crop, Framing
 
 HAS_DALI_WHEEL = sys.platform == "linux" and platform.machine() == "x86_64"
 HERE = ["pillow"] + (["dali-cpu"] if HAS_DALI_WHEEL else [])
+ALL = ["dali-gpu", "dali-cpu", "pillow"]
 needs_dali = pytest.mark.skipif(not HAS_DALI_WHEEL, reason="no DALI wheel for this platform")
 both = pytest.mark.parametrize("name", HERE)
 
@@ -426,7 +427,7 @@ def test_without_kornia_rs_the_others_decode_pngs(name, monkeypatch):
 
 def test_a_broken_decoder_is_passed_over_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali.experimental.dynamic", None)
-    chosen, faults = open_decoder(Framing(16), DECODERS, 1)
+    chosen, faults = open_decoder(Framing(16), ALL, 1)
     assert chosen.name == "pillow"
     assert [fault.partition(" (")[0] for fault in faults] == [
         "no dali-gpu: DALI cannot be imported",
@@ -450,7 +451,7 @@ def test_the_probe_finds_a_gpu_that_decodes_wrongly(monkeypatch, fault):
         return [square[..., ::-1] for square in batch(self, blobs)]
 
     monkeypatch.setattr(DaliDecoder, "_batch", faulty)
-    chosen, faults = open_decoder(Framing(16, min_size=500), DECODERS, 1)
+    chosen, faults = open_decoder(Framing(16, min_size=500), ALL, 1)
     assert chosen.name == "dali-cpu" and chosen.enlarged == 0
     said = "nvJPEG is not to be found" if fault == "raises" else "wrong colours"
     assert faults[0].startswith("no dali-gpu: ") and said in faults[0]
