@@ -6,9 +6,10 @@
 #
 #   SECONDS_IN_ALL=540  what all together may take: a section gets its share, and what is left over
 #   ONLY="convs more"   these sections alone, each with all of the time that is left. Only when they
-#                       are named: "convs" (the ten convolutions), "more" (steps of other sizes and
-#                       batches), "compiled" (tests that compile), "native" (the kernels' tests on
-#                       the GPU), "slow", "autotuned" and "sweep"
+#                       are named: "data" (decoding, caches, feeds; FASTGAN_FACES is passed on),
+#                       "convs" (the ten convolutions), "more" (steps of other sizes and batches),
+#                       "compiled" (tests that compile), "native" (the kernels' tests on the GPU),
+#                       "slow", "autotuned" and "sweep"
 #
 # In one call it takes at most nine minutes. It runs from the tree, installed or not, on a machine
 # without a GPU in small, goes on after a section that fails, and exits 1 then. OUT gets a log a
@@ -17,8 +18,8 @@
 # says so. FASTGAN_COMMIT names the commit of a copy without git. The records go to
 # benchmarks/results by hand.
 set -ufo pipefail
-sections="info step run train profile graph tests growth kernels data"
-named="convs more compiled native slow autotuned sweep"
+sections="info step run train profile graph tests growth kernels"
+named="data convs more compiled native slow autotuned sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -121,7 +122,7 @@ section graph 4 "${pytest[@]}" -k "not compile" tests/test_graph.py
 section tests 9 "${pytest[@]}" -k "not compile" -m "gpu and not slow" tests
 section growth 8 "${bench[@]}" growth
 section kernels 6 "${bench[@]}" "$kernels"
-section data 4 "${bench[@]}" data
+section data 0 "${bench[@]}" "data or feeds"
 section convs 0 "${bench[@]}" convs
 section more 0 "${bench[@]}" "test_step and not $first"
 section compiled 0 "${pytest[@]}" -k compile -m "not slow" tests/test_graph.py tests/test_step.py
