@@ -73,7 +73,9 @@ class Run:
 
 def data_name(source: str) -> str:
     """A short name for a data source: `faces:10000` is faces, `/data/FFHQ 64/` is ffhq-64."""
-    return "faces" if source.startswith("faces:") else slug(Path(source).absolute().name, "data")
+    if source.startswith("faces:"):
+        return "faces"
+    return slug(Path(source).absolute().name.removesuffix(".zip"), "data")
 
 
 def run_number(path: Path) -> int:

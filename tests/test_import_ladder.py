@@ -23,6 +23,7 @@ RUNGS = [
     ["fastgan.data.images", "fastgan.data.dali_decoder"],
     ["fastgan.data.decode"],
     ["fastgan.data.worker"],
+    ["fastgan.data.process"],
     ["fastgan.data.cache", "fastgan.data.pool", "fastgan.data.wanted"],
     ["fastgan.data.place"],
     ["fastgan.data.build"],

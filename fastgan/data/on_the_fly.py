@@ -21,7 +21,8 @@ from ..errors import UsageError
 from ..paths import absolute
 from .cache import SKIPPED, is_cache
 from .image_file import ImageFile, printable
-from .pool import Decoded, batches, joined, open_pool
+from .pool import batches, open_pool
+from .process import Decoded, joined
 from .wanted import Wanted, want
 
 

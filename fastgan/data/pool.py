@@ -8,17 +8,8 @@ to blame is refused with the reason. Nothing that a file holds reaches the proce
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,10 +18,11 @@ from ..console import say, warn
 from ..env import cores, driver_cuda
 from ..errors import RunError
 from ..framing import Framing
+from . import process
 from .decode import AUTO
 from .image_file import ImageFile
 from .images import JPEG_SUFFIXES
-from .worker import to_json
+from .process import Decoded, DecodeProcess, Died, joined
 
 BATCH = 64  # files a request
 BATCH_BYTES = 16 << 20  # or fewer, when they are large
@@ -38,23 +30,10 @@ AHEAD = 2  # requests a worker has: it reads the files of one while it decodes t
 MAX_WORKERS = 64  # a core each; 45 MB each, by DALI 130
 GPU_WORKERS = 2  # one sends and receives while the other decodes
 BATCH_LIMIT_S = 120.0  # of the processor's time
-FILE_LIMIT_S = 30.0
-WALL_FACTOR = 10  # times as long by the clock, for what waits for ever: a machine may be busy
 TRIES = 5  # of a file whose processes somebody else ends
-ENDED_BY_OTHERS = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-WORKER = f"{__package__}.worker"
 # of JPEGs, a core: below that the cores are done before CUDA has started (estimated, not measured)
 GPU_PAYS_BYTES = 256 << 20
 NO_GPU = "no dali-gpu: there is no NVIDIA GPU"
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What came of some files: `squares` holds those without a reason, in order."""
-
-    squares: np.ndarray  # uint8 [n, size, size, 3]
-    reasons: list[str | None]  # why a file was refused; one line, its kind before the first colon
-    digests: list[str | None]  # SHA-256 of each file that could be read
 
 
 class Interrupted(Exception):
@@ -87,8 +66,8 @@ class DecodePool:
         self.framing = framing
         self.by_pillow = self.enlarged = 0
         self._interrupted = False
-        self._workers: list[_Worker | None] = []
-        self._spares: dict[str, _Worker] = {}  # for single files, by decoder
+        self._workers: list[DecodeProcess | None] = []
+        self._spares: dict[str, DecodeProcess] = {}  # for single files, by decoder
         names, faults = list(decoders), []
         if names[0] == "dali-gpu" and not driver_cuda():
             faults.append(NO_GPU)
@@ -101,9 +80,9 @@ class DecodePool:
         try:
             for _ in range(GPU_WORKERS if on_gpu else count):
                 # all at once: each takes the better part of a second to import DALI
-                self._workers.append(_Worker(framing, names, self._threads))
+                self._workers.append(DecodeProcess(framing, names, self._threads))
             self.name, found = self._worker(0).chosen()
-        except _Died as death:
+        except Died as death:
             self.close()
             raise RunError(f"the process that decodes cannot be started ({death.reason})") from None
         except BaseException:
@@ -175,7 +154,7 @@ class DecodePool:
             answer = self._counted(worker.receive())
             waiting.popleft()
             return answer
-        except _Died:
+        except Died:
             self._end(place)
         waiting.popleft()
         singles = [self.one(file) for file in batch]
@@ -190,11 +169,11 @@ class DecodePool:
             self._check_interrupted()
             fresh = name not in self._spares
             if fresh:
-                self._spares[name] = _Worker(self.framing, [name], self._threads)
-            self._spares[name].send([file], FILE_LIMIT_S)
+                self._spares[name] = DecodeProcess(self.framing, [name], self._threads)
+            self._spares[name].send([file], process.FILE_LIMIT_S)
             try:
                 return self._counted(self._spares[name].receive())
-            except _Died as death:
+            except Died as death:
                 self._spares.pop(name).end()
                 reason = death.reason
                 if fresh and death.by_file:
@@ -210,7 +189,7 @@ class DecodePool:
         self.enlarged += enlarged
         return decoded
 
-    def _check_choice(self, worker: _Worker) -> None:
+    def _check_choice(self, worker: DecodeProcess) -> None:
         """All by one decoder: another's squares may differ by a level."""
         name, faults = worker.chosen()
         if name != self.name:
@@ -223,11 +202,11 @@ class DecodePool:
         if self._interrupted:
             raise Interrupted
 
-    def _worker(self, place: int) -> _Worker:
+    def _worker(self, place: int) -> DecodeProcess:
         self._check_interrupted()
         worker = self._workers[place]
         if worker is None:
-            worker = self._workers[place] = _Worker(self.framing, [self.name], self._threads)
+            worker = self._workers[place] = DecodeProcess(self.framing, [self.name], self._threads)
         return worker
 
     def _end(self, place: int) -> None:
@@ -270,112 +249,3 @@ def batches(files: Iterable[ImageFile]) -> Iterator[list[ImageFile]]:
         batch_bytes += file.size_bytes
     if batch:
         yield batch
-
-
-def joined(parts: Sequence[Decoded]) -> Decoded:
-    """Several as one."""
-    return Decoded(
-        np.concatenate([part.squares for part in parts]),
-        [reason for part in parts for reason in part.reasons],
-        [digest for part in parts for digest in part.digests],
-    )
-
-
-class _Died(Exception):
-    """A worker ended, by itself or by a signal; the reason for a file that was alone in it."""
-
-    def __init__(self, reason: str, *, by_file: bool = True) -> None:
-        self.reason, self.by_file = reason, by_file  # whether a file may be what ended it
-
-
-class _Worker:
-    """A process of `worker.py`, and the pipes to it."""
-
-    def __init__(self, framing: Framing, decoders: Sequence[str], threads: int) -> None:
-        self._size = framing.size
-        self._chosen: tuple[str, list[str]] | None = None
-        root = str(Path(__file__).resolve().parents[2])  # fastgan may have been found in any way
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        try:
-            # not stdout, where a site's own start-up may print
-            here, there = os.pipe()
-            self._answers = open(here, "rb")  # noqa: SIM115 - closed by `end`
-            with open(there, "wb"):
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", WORKER, str(there)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(there,),
-                    env={**os.environ, "PYTHONPATH": path},
-                )
-        except OSError as error:
-            raise RunError(f"a process that decodes cannot be started: {error}") from None
-        self._write({"framing": asdict(framing), "decoders": list(decoders), "threads": threads})
-
-    def chosen(self) -> tuple[str, list[str]]:
-        """The decoder that it opened, and what those before it lack."""
-        if self._chosen is None:
-            head = self._head()
-            if "fault" in head:
-                raise RunError(head["fault"])
-            self._chosen = head["name"], head["faults"]
-        return self._chosen
-
-    def send(self, files: Sequence[ImageFile], limit_s: float) -> None:
-        limits = (limit_s, WALL_FACTOR * limit_s)
-        self._write([*limits, [to_json(file) for file in files]])
-
-    def receive(self) -> tuple[Decoded, int, int]:
-        """The answer to the oldest request, images by Pillow, and images enlarged."""
-        self.chosen()
-        head = self._head()
-        count = sum(reason is None for reason in head["reasons"])
-        squares = np.empty((count, self._size, self._size, 3), np.uint8)
-        self._fill(squares.reshape(-1).data)
-        decoded = Decoded(squares, head["reasons"], head["digests"])
-        return decoded, head["by_pillow"], head["enlarged"]
-
-    def kill(self) -> None:
-        """End the process, which whoever waits for it finds out."""
-        self._process.kill()
-
-    def end(self) -> None:
-        """End the process and its pipes."""
-        self._process.kill()
-        assert self._process.stdin is not None
-        with suppress(OSError):  # what could not be written to a dead process
-            self._process.stdin.close()
-        self._answers.close()
-        self._process.wait()
-
-    def _write(self, values: Any) -> None:
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it died: `receive` says so
-            self._process.stdin.write(json.dumps(values).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _head(self) -> dict[str, Any]:
-        line = self._answers.readline()
-        if not line.endswith(b"\n"):
-            raise self._death()
-        head = json.loads(line)
-        if "error" in head:
-            raise _Died(f"fails: {head['error']}")
-        return head
-
-    def _fill(self, buffer: memoryview) -> None:
-        done = 0
-        while done < len(buffer):
-            got = self._answers.readinto(buffer[done:])
-            if not got:
-                raise self._death()
-            done += got
-
-    def _death(self) -> _Died:
-        code = self._process.wait()
-        if code in (-signal.SIGPROF, -signal.SIGALRM):
-            return _Died(f"hangs: its decoder was not done after {FILE_LIMIT_S:g} s")
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        by_file = self._chosen is not None and -code not in ENDED_BY_OTHERS
-        return _Died(f"crashes: its decoder died of {how}", by_file=by_file)

@@ -14,7 +14,7 @@ from .. import lock
 from ..config import DataOptions
 from ..console import bar, say, warn
 from ..env import cores
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..paths import absolute
 from .build import build
 from .cache import (
@@ -27,7 +27,7 @@ from .cache import (
     read_cache,
     summary,
 )
-from .image_file import ImageFile, open_regular
+from .image_file import ImageFile, open_regular, printable
 from .place import check_place
 from .wanted import DEFAULTS, Wanted, pixel_options, want
 
@@ -110,10 +110,22 @@ def _reuse(
         reason = f"the cache is damaged: {damage}"
     if reason:
         return None, reason
-    skipped = sum(1 for _ in _lines(cache.path / SKIPPED))
+    skipped = _skipped(cache, wanted.options, wanted.source)
     without = f", without {skipped:,} that were skipped" if skipped else ""
     say(f"{summary(cache)} (reused{without})")
     return cache, ""
+
+
+def _skipped(cache: Cache, options: DataOptions, source: str) -> int:
+    """How many files were refused when the cache was built; `UsageError` where one is too many."""
+    rows = list(_lines(cache.path / SKIPPED))
+    if rows and options.on_bad == "stop":
+        first = f"{printable(rows[0]['name'])}: {rows[0].get('reason')}"
+        raise UsageError(
+            f"--on-bad stop: {len(rows):,} files of {source} were skipped when {cache.path} was "
+            f"built, as {first}"
+        )
+    return len(rows)
 
 
 def _say_waiting(path: Path) -> None:
@@ -140,6 +152,10 @@ def _open_source(folder: Path, options: DataOptions, out: Path | None, flag: str
             f"--decoder {options.decoder} is not what the cache {folder} was made with "
             f"({cache.meta.decoder}): prepare another"
         )
+    try:
+        _skipped(cache, options, str(folder))
+    except DamagedError as damage:
+        raise RunError(f"{flag}: the cache {folder} is damaged: {damage}") from damage
     framed = [
         f"{key.replace('_', '-')} {value}"
         for key, value in cache.meta.options.items()

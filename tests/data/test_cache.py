@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_files import write_odd_files
 from PIL import Image
 
 from fastgan import lock
@@ -188,6 +189,14 @@ def test_a_bad_file_may_stop_the_build(folder, tmp_path):
     assert os.listdir(tmp_path) == ["faces"]
 
 
+def test_what_was_skipped_before_stops_who_asks_for_it(folder, tmp_path):
+    (folder / "3.png").write_bytes(b"text")
+    path = prepare(str(folder), by(8), out=tmp_path / "cache").path
+    for source, out in ((folder, path), (path, None)):
+        with pytest.raises(UsageError, match="--on-bad stop: 1 files of .*, as 3.png: not an im"):
+            prepare(str(source), by(8, on_bad="stop"), out=out)
+
+
 @pytest.mark.parametrize("bad", [2, 3])
 def test_more_than_half_refused_stops_the_build(bad, folder, tmp_path):
     for i in range(bad):
@@ -211,6 +220,22 @@ def test_what_is_enlarged_is_said(folder, tmp_path, capsys):
     prepare(str(folder), by(32), out=tmp_path / "cache")
     said = capsys.readouterr().out
     assert "enlarged 4 images of fewer than 32 pixels a side (--min-size 32 would refuse" in said
+
+
+def test_the_account_of_a_folder_of_odd_files_is_true(tmp_path, capfd):
+    (tmp_path / "odd").mkdir()
+    odd = write_odd_files(tmp_path / "odd")
+    made = prepare(str(tmp_path / "odd"), DataOptions(size=32), out=tmp_path / "cache")
+    taken = {row["name"] for row in lines(made.path / "files.jsonl")}
+    skipped = {row["name"]: row["reason"] for row in lines(made.path / "skipped.jsonl")}
+    assert taken == {file.name for file in odd if file.pixels is not None}
+    wrong = [file.name for file in odd if file.pixels is None]
+    assert skipped.keys() == set(wrong) and made.count == len(taken)
+    said = capfd.readouterr()
+    assert f"skipped {len(wrong)} of {len(odd)} files: " in said.out
+    assert "6 not an image, 5 truncated PNG, 4 too large, 27 other" in said.out
+    assert said.err == ""
+    check_cache(made.path)
 
 
 # Chosen

@@ -7,7 +7,7 @@ import pytest
 from test_decode import encode, picture
 
 from fastgan.config import DataOptions
-from fastgan.data import pool
+from fastgan.data import pool, process
 from fastgan.data.on_the_fly import OnTheFly
 from fastgan.data.prepare import prepare
 from fastgan.errors import UsageError
@@ -86,9 +86,9 @@ def test_a_stand_in_that_goes_bad_has_one_itself(folder):
 def test_large_batches_are_asked_for_in_pieces(folder, monkeypatch):
     monkeypatch.setattr(pool, "BATCH", 7)
     asked = []
-    send = pool._Worker.send
+    send = process.DecodeProcess.send
     monkeypatch.setattr(
-        pool._Worker,
+        process.DecodeProcess,
         "send",
         lambda self, files, s: (asked.append(len(files)), send(self, files, s)),
     )

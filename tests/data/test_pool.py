@@ -18,6 +18,7 @@ from test_decode import HERE, encode, needs_dali, picture
 
 from fastgan.config import DataOptions
 from fastgan.data import pool as pool_module
+from fastgan.data import process
 from fastgan.data.decode import open_decoder
 from fastgan.data.image_file import ImageFile
 from fastgan.data.images import find_images
@@ -124,15 +125,15 @@ def damaged(blob, rng):
 
 @pytest.fixture
 def bad_worker(monkeypatch):
-    monkeypatch.setattr(pool_module, "WORKER", "bad_worker")
+    monkeypatch.setattr(process, "WORKER", "bad_worker")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(pool_module, "cores", lambda: 2)
 
 
 def test_whoever_harms_the_decoder_is_refused_alone(bad_worker, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(pool_module, "BATCH_LIMIT_S", 1.0)
-    monkeypatch.setattr(pool_module, "FILE_LIMIT_S", 0.5)
-    monkeypatch.setattr(pool_module, "WALL_FACTOR", 3)
+    monkeypatch.setattr(process, "FILE_LIMIT_S", 0.5)
+    monkeypatch.setattr(process, "WALL_FACTOR", 3)
     sound = [encode(picture(20, 20, i)) for i in range(30)]
     harm = {3: b"crash", 8: b"spin", 9: b"exit", 17: b"memory", 18: b"print", 23: b"wait"}
     harm |= {27: b"fault", 29: b"crash"}
@@ -160,7 +161,7 @@ def test_whoever_ends_the_processes_harms_no_file(tmp_path, monkeypatch):
     blobs = [encode(picture(20, 20, i)) for i in range(40)]
     files = write(tmp_path, blobs)
     expected = open_decoder(Framing(16), ["pillow"], 1)[0].decode(blobs)
-    receive = pool_module._Worker.receive
+    receive = process.DecodeProcess.receive
     left = [3]
 
     def killed(self):
@@ -170,7 +171,7 @@ def test_whoever_ends_the_processes_harms_no_file(tmp_path, monkeypatch):
             self.kill()
         return receive(self)
 
-    monkeypatch.setattr(pool_module._Worker, "receive", killed)
+    monkeypatch.setattr(process.DecodeProcess, "receive", killed)
     with DecodePool(Framing(16), ["pillow"]) as pool:
         assert np.array_equal(np.stack(outcomes(pool, files)), np.stack(expected))
         assert not left[0]
@@ -215,7 +216,7 @@ def test_an_interrupt_ends_what_is_waited_for(bad_worker, tmp_path):
 
 
 def test_a_process_that_cannot_be_started(monkeypatch):
-    monkeypatch.setattr(pool_module, "WORKER", "no_such_module")
+    monkeypatch.setattr(process, "WORKER", "no_such_module")
     with pytest.raises(RunError, match="the process that decodes cannot be started"):
         DecodePool(Framing(16))
 
