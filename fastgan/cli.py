@@ -171,10 +171,13 @@ def run(command: Any) -> int:
     if isinstance(command, PrepareCommand):
         if command.check:
             from .data.cache import check_cache, summary
+            from .paths import absolute
 
-            if command.out is not None or command.verify:
-                raise UsageError("--check takes a cache alone: no --out, no --verify")
-            cache = check_cache(Path(command.source).expanduser(), "SOURCE")
+            plain = PrepareCommand(source=command.source, check=True)
+            if others := [key for key, value in plain if value != getattr(command, key)]:
+                flags = ", ".join(f"--{key.replace('_', '-')}" for key in others)
+                raise UsageError(f"--check takes a cache alone, without {flags}")
+            cache = check_cache(Path(absolute(command.source, "SOURCE")), "SOURCE")
             say(f"{summary(cache)}: whole, by its checksums")
             return 0
         if command.out is not None and command.cache is not None:

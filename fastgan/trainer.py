@@ -221,8 +221,8 @@ class Trainer:
                 raise
             self._save(run)
             raise RunError(
-                f"{error}; saved at {self.images / 1000:g} kimg, and fastgan train --resume "
-                f"{shlex.quote(str(run.path))} goes on"
+                f"{error}; saved at {self.images / 1000:g} kimg: once that is mended, fastgan "
+                f"train --resume {shlex.quote(str(run.path))} goes on"
             ) from None
 
     def _due(self, every_kimg: float | None, share: float) -> bool:

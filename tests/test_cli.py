@@ -271,6 +271,9 @@ def test_prepare_takes_every_option_and_checks(tmp_path, capsys):
     said = refused(capsys, "prepare", "--check", cache, code=1)
     assert "images.npy is not what was written" in said
     assert "is not a cache" in refused(capsys, "prepare", "--check", folder)
+    said = refused(capsys, "prepare", "--check", cache, "--size", "48", "--verify")
+    assert "--check takes a cache alone, without --size, --verify" in said
+    assert "home directory that is not known" in refused(capsys, "prepare", "--check", "~nobody9/x")
 
 
 def test_wrong_data_options(capsys, tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,8 @@ class OnTheFly:
         self._refused: set[int] = set()
         self._list: Path | None = None
         self._listed: set[str] = set()
-        self._pool = open_pool(options, self._files)
+        self._before = ""  # the next line of the list
+        self._pool = open_pool(options, self._files, again=True)
 
     def __str__(self) -> str:
         return f"{self.count:,} images of {self._wanted.source}, framed to {self.size} px"
@@ -59,7 +60,9 @@ class OnTheFly:
         """Refused files are appended to skipped.jsonl in this folder, each once."""
         self._list = folder / SKIPPED
         with suppress(FileNotFoundError):
-            for line in self._list.read_text("utf-8").splitlines():
+            text = self._list.read_text("utf-8")
+            self._before = "\n" if text and not text.endswith("\n") else ""
+            for line in text.splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # a line cut off by a full disk
                     self._listed.add(json.loads(line)["name"])
 
@@ -75,13 +78,15 @@ class OnTheFly:
                 yield from parts
 
         answers = self._pool.run(requests())
-        try:
-            for first in answers:
-                rows, count = asked.popleft()
-                rest = [next(answers) for _ in range(count - 1)]
-                yield self._complete(rows, joined([first, *rest]))
-        finally:
-            answers.close()
+
+        def pixels() -> Iterator[np.ndarray]:
+            with closing(answers):
+                for first in answers:
+                    rows, count = asked.popleft()
+                    rest = [next(answers) for _ in range(count - 1)]
+                    yield self._complete(rows, joined([first, *rest]))
+
+        return pixels()
 
     def pictures(self, rows: np.ndarray) -> np.ndarray:
         """The images of these rows: uint8 [n, size, size, 3]."""
@@ -97,9 +102,12 @@ class OnTheFly:
 
     def _sound(self, row: int) -> int:
         """The row, or the one that stands in for it."""
-        while row in self._stand_ins:
-            row = self._stand_ins[row]
-        return row
+        sound = row
+        while sound in self._stand_ins:
+            sound = self._stand_ins[sound]
+        while row != sound:  # the next time the way is short
+            self._stand_ins[row], row = sound, self._stand_ins[row]
+        return sound
 
     def _complete(self, rows: list[int], decoded: Decoded) -> np.ndarray:
         squares = iter(decoded.squares)
@@ -115,10 +123,7 @@ class OnTheFly:
         while reason is not None:
             if row not in self._refused:  # else it was asked for before it was known
                 self._refuse(row, reason)
-            following = (row + 1) % self.count
-            while following in self._refused:
-                following = (following + 1) % self.count
-            row = self._stand_ins.setdefault(row, following)
+            self._stand_ins.setdefault(row, self._sound((row + 1) % self.count))
             row = self._sound(row)
             decoded = self._pool.one(self._files[row])
             (reason,) = decoded.reasons
@@ -136,7 +141,8 @@ class OnTheFly:
         if self._list is not None and file.name not in self._listed:
             self._listed.add(file.name)
             with open(self._list, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({**file.row(), "reason": reason}) + "\n")
+                lines.write(self._before + json.dumps({**file.row(), "reason": reason}) + "\n")
+            self._before = ""
         if 2 * len(self._refused) > self.count:
             raise UsageError(
                 f"{self._flag}: {len(self._refused):,} of {self.count:,} images in "

@@ -75,7 +75,14 @@ def install(building: Path, path: Path, fingerprint: str, replaced: bytes | None
             cache = read_cache(path)
             if cache.meta.fingerprint == fingerprint and meta_text(path) != replaced:
                 return cache
-        check_place(path, "the cache")  # what has come there since the build began is not ours
+        try:
+            check_place(path, "the cache")  # what has come there since the build began is not ours
+        except FileNotFoundError:
+            continue
+        except UsageError:
+            if not os.path.lexists(path) or is_cache(path):
+                continue  # another process was at it
+            raise
         with contextlib.suppress(FileNotFoundError):  # another process may have retired it
             os.rename(path, retired)
         remove(retired)

@@ -2,7 +2,8 @@
 
 A process that crashes, hangs or fails is replaced, and the files it was at are tried one by one:
 each in a process of its own if need be, and by Pillow if not by another decoder. The file that is
-to blame is refused with the reason. Nothing that a file holds reaches the process that trains.
+to blame is refused with the reason. Nothing that a file makes a decoder do reaches the process that
+trains. Only decoding is limited in time: a drive that does not answer is waited for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..errors import RunError
 from ..framing import Framing
 from . import process
 from .decode import AUTO
-from .image_file import ImageFile
+from .image_file import ImageFile, printable
 from .images import JPEG_SUFFIXES
 from .process import Decoded, DecodeProcess, Died, joined
 
@@ -94,7 +95,13 @@ class DecodePool:
 
     def run(self, batches: Iterable[Sequence[ImageFile]]) -> Generator[Decoded]:
         """Decode batch after batch; a few are under way while one is looked at."""
-        self._interrupted = False
+        self._interrupted = False  # here, and not when the first is asked for by another thread
+        for place, worker in enumerate(self._workers):
+            if worker is not None and not worker.alive():
+                self._end(place)
+        return self._run(batches)
+
+    def _run(self, batches: Iterable[Sequence[ImageFile]]) -> Generator[Decoded]:
         waiting: deque[tuple[int, Sequence[ImageFile]]] = deque()
         try:
             for number, batch in enumerate(batches):
@@ -170,6 +177,7 @@ class DecodePool:
             fresh = name not in self._spares
             if fresh:
                 self._spares[name] = DecodeProcess(self.framing, [name], self._threads)
+                self._check_interrupted()
             self._spares[name].send([file], process.FILE_LIMIT_S)
             try:
                 return self._counted(self._spares[name].receive())
@@ -179,8 +187,8 @@ class DecodePool:
                 if fresh and death.by_file:
                     return reason
         raise RunError(
-            f"the processes that decode end again and again, for lack of memory or by somebody "
-            f"({reason})"
+            f"the processes that decode {printable(file.name)} are ended again and again, as if "
+            f"for lack of memory ({reason}): give more, lower --max-pixels, or move the file away"
         )
 
     def _counted(self, answer: tuple[Decoded, int, int]) -> Decoded:
@@ -207,6 +215,7 @@ class DecodePool:
         worker = self._workers[place]
         if worker is None:
             worker = self._workers[place] = DecodeProcess(self.framing, [self.name], self._threads)
+            self._check_interrupted()  # `interrupt` may have passed before it was there
         return worker
 
     def _end(self, place: int) -> None:
@@ -215,26 +224,30 @@ class DecodePool:
             worker.end()
 
 
-def open_pool(options: DataOptions, files: Sequence[ImageFile]) -> DecodePool:
-    """The processes that decode these files by these options; says which decoder they have."""
+def open_pool(
+    options: DataOptions, files: Sequence[ImageFile], *, again: bool = False
+) -> DecodePool:
+    """The processes that decode these files by these options, again and again or once; says which
+    decoder they have.
+    """
     framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
     processes = sum(1 for _ in batches(files))
-    names = _fastest(files) if options.decoder == "auto" else (options.decoder,)
+    names = _fastest(files, again) if options.decoder == "auto" else (options.decoder,)
     pool = DecodePool(framing, names, processes)
     tell = say if pool.why in ("", NO_GPU) else warn
     tell(f"decoding with {pool.name}{f' ({pool.why})' if pool.why else ''}")
     return pool
 
 
-def _fastest(files: Sequence[ImageFile]) -> Sequence[str]:
-    """What `auto` tries: the GPU for a large set of JPEGs.
+def _fastest(files: Sequence[ImageFile], again: bool) -> Sequence[str]:
+    """What `auto` tries: the GPU for a set of JPEGs, if it is large or read again and again.
 
     A PNG is inflated on the CPU wherever it goes, by kornia-rs in a third of DALI's time. On a CPU
     Pillow (with kornia-rs) is as fast as DALI once both are running, and starts a second sooner.
     """
-    large = sum(file.size_bytes for file in files) >= GPU_PAYS_BYTES * cores()
-    jpegs = sum(file.name.lower().endswith(JPEG_SUFFIXES) for file in files)
-    return AUTO if large and 2 * jpegs > len(files) else AUTO[-1:]
+    jpegs = [file.size_bytes for file in files if file.name.lower().endswith(JPEG_SUFFIXES)]
+    large = again or sum(jpegs) >= GPU_PAYS_BYTES * cores()
+    return AUTO if large and 2 * len(jpegs) > len(files) else AUTO[-1:]
 
 
 def batches(files: Iterable[ImageFile]) -> Iterator[list[ImageFile]]:

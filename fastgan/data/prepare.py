@@ -106,11 +106,11 @@ def _reuse(
     try:
         cache = read_cache(path)
         reason = _difference(cache, wanted) or (_changed_contents(cache, wanted) if verify else "")
+        skipped = 0 if reason else _skipped(cache, wanted.options, wanted.source)
     except DamagedError as damage:
         reason = f"the cache is damaged: {damage}"
     if reason:
         return None, reason
-    skipped = _skipped(cache, wanted.options, wanted.source)
     without = f", without {skipped:,} that were skipped" if skipped else ""
     say(f"{summary(cache)} (reused{without})")
     return cache, ""
@@ -123,7 +123,7 @@ def _skipped(cache: Cache, options: DataOptions, source: str) -> int:
         first = f"{printable(rows[0]['name'])}: {rows[0].get('reason')}"
         raise UsageError(
             f"--on-bad stop: {len(rows):,} files of {source} were skipped when {cache.path} was "
-            f"built, as {first}"
+            f"built, as {first} (--on-bad skip takes it as it is)"
         )
     return len(rows)
 

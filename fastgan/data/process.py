@@ -99,6 +99,9 @@ class DecodeProcess:
         decoded = Decoded(squares, head["reasons"], head["digests"])
         return decoded, head["by_pillow"], head["enlarged"]
 
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def kill(self) -> None:
         """End the process, which whoever waits for it finds out."""
         self._process.kill()
@@ -124,7 +127,7 @@ class DecodeProcess:
             raise self._death()
         head = json.loads(line)
         if "error" in head:
-            raise Died(f"fails: {head['error']}")
+            raise Died(f"fails: {head['error']}", by_file=self._chosen is not None)
         return head
 
     def _fill(self, buffer: memoryview) -> None:

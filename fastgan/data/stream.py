@@ -93,13 +93,13 @@ class StreamFeed(Feed):
         self._ready: SimpleQueue[int | BaseException] = SimpleQueue()
         for slot in range(SLOTS):
             self._free.put(slot)
-        numbers = _walk(deepcopy(self._sampler))
-        self._thread = threading.Thread(target=self._fill, args=(numbers,), daemon=True)
+        batches = self._fetch(_walk(deepcopy(self._sampler)))  # here: `interrupt` may come at once
+        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
         self._thread.start()
 
-    def _fill(self, numbers: Iterator[np.ndarray]) -> None:
+    def _fill(self, batches: Iterator[np.ndarray | torch.Tensor]) -> None:
         try:
-            for pixels in self._fetch(numbers):
+            for pixels in batches:
                 slot = self._free.get()
                 if slot is None:
                     return

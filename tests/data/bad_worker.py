@@ -46,6 +46,11 @@ def open_image(file, **options):
 
 
 if __name__ == "__main__":
+    match os.environ.get("BAD_WORKER"):
+        case "start crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "start error":
+            worker.open_decoder = None
     PillowDecoder.decode_one = obey
     DaliDecoder._header = obey_header
     Image.open = open_image

@@ -133,6 +133,7 @@ def test_a_batch_stays_until_the_next_is_asked_for():
     assert threading.active_count() == threads
 
 
+@pytest.mark.timeout(60)
 def test_closing_does_not_wait_for_what_hangs():
     ended = threading.Event()
 

@@ -19,7 +19,7 @@ from test_decode import HERE, encode, needs_dali, picture
 from fastgan.config import DataOptions
 from fastgan.data import pool as pool_module
 from fastgan.data import process
-from fastgan.data.decode import open_decoder
+from fastgan.data.decode import AUTO, open_decoder
 from fastgan.data.image_file import ImageFile
 from fastgan.data.images import find_images
 from fastgan.data.pool import DecodePool, Interrupted, batches, open_pool
@@ -179,7 +179,9 @@ def test_whoever_ends_the_processes_harms_no_file(tmp_path, monkeypatch):
         pool._spares["pillow"].kill()  # while it has nothing to do
         assert np.array_equal(pool.one(files[0]).squares[0], expected[0])
         left[0] = 1000
-        with pytest.raises(RunError, match="end again and again.*died of SIG(KILL|TERM)"):
+        with pytest.raises(
+            RunError, match="decode 0.*png are ended again and again.*SIG(KILL|TERM)"
+        ):
             outcomes(pool, files)
 
 
@@ -213,6 +215,48 @@ def test_an_interrupt_ends_what_is_waited_for(bad_worker, tmp_path):
         assert time.monotonic() - began < 10
         files = write(tmp_path, [encode(picture(20, 20))])
         assert outcomes(pool, files)[0].shape == (16, 16, 3)  # it may be used again
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_at_once_is_not_lost(bad_worker, tmp_path):
+    files = write(tmp_path, [b"wait"] * 4)
+    with DecodePool(Framing(16), ["pillow"]) as pool:
+        run = pool.run([files])
+        pool.interrupt()
+        with pytest.raises(Interrupted):
+            next(run)
+        files = write(tmp_path, [encode(picture(20, 20, i)) for i in range(40)])
+        asked = []
+        send = process.DecodeProcess.send
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                process.DecodeProcess,
+                "send",
+                lambda self, files, limit_s: (asked.append(len(files)), send(self, files, limit_s)),
+            )
+            outcomes(pool, files, 10)
+        assert asked == [10] * 4  # by new processes, and not one by one
+
+
+def test_signals_for_the_parent_are_passed_over(tmp_path):
+    files = write(tmp_path, [encode(picture(20, 20))])
+    with DecodePool(Framing(16), ["pillow"]) as pool:
+        outcomes(pool, files)
+        worker = pool._worker(0)._process
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            worker.send_signal(number)
+        time.sleep(0.2)
+        assert isinstance(outcomes(pool, files)[0], np.ndarray)
+        assert pool._worker(0)._process.pid == worker.pid
+
+
+@pytest.mark.parametrize("fault", ["start crash", "start error"])
+def test_what_fails_at_its_start_blames_no_file(fault, bad_worker, tmp_path, monkeypatch):
+    files = write(tmp_path, [encode(picture(20, 20))])
+    with DecodePool(Framing(16), ["pillow"]) as pool:
+        monkeypatch.setenv("BAD_WORKER", fault)
+        with pytest.raises(RunError, match="decode 00000.png are ended again and again"):
+            pool.one(files[0])
 
 
 def test_a_process_that_cannot_be_started(monkeypatch):
@@ -341,4 +385,5 @@ def test_auto_takes_what_is_fastest_for_the_set(suffix, count, tried, monkeypatc
     open_pool(DataOptions(), files)
     assert capsys.readouterr().out == f"decoding with {tried[0]}\n"
     open_pool(DataOptions(decoder="dali-cpu"), files)
-    assert chosen == [tried, ("dali-cpu",)]
+    open_pool(DataOptions(), files, again=True)
+    assert chosen == [tried, ("dali-cpu",), AUTO if suffix == "jpg" else AUTO[-1:]]
