@@ -276,6 +276,20 @@ def test_prepare_takes_every_option_and_checks(tmp_path, capsys):
     assert "home directory that is not known" in refused(capsys, "prepare", "--check", "~nobody9/x")
 
 
+def test_prepare_needs_no_torch(tmp_path):
+    """Which takes seconds to import, and half a gigabyte."""
+    assert main(["faces", "--count", "4", "--size", "40", "--out", str(tmp_path / "faces")]) == 0
+    code = (
+        "import sys\n"
+        "from fastgan.cli import main\n"
+        "assert main(['prepare', sys.argv[1], '--size', '32', '--out', sys.argv[2]]) == 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "faces"), str(tmp_path / "cache")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_wrong_data_options(capsys, tmp_path):
     for flag, value, rule in [
         ("--crop", "12", "must be center, none, WxH or WxH+X+Y in pixels, got '12'"),
