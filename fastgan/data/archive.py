@@ -8,6 +8,7 @@ import zipfile
 from datetime import UTC, datetime
 from typing import Any
 
+from ..console import warn
 from ..errors import UsageError
 from .image_file import MAX_FILE_BYTES, ImageFile, Member
 
@@ -33,12 +34,16 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
                 "as several archives, or as a folder"
             )
         with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            listed = [info for info in archive.infolist() if not info.is_dir()]
+            members = {info.filename: info for info in listed}
         whole = os.path.getsize(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError) as error:
         raise UsageError(f"{flag}: {path} cannot be read as a zip: {error}") from None
     except OSError as error:
         raise UsageError(f"{flag}: {path} cannot be read: {error.strerror or error}") from None
+    if len(members) < len(listed):
+        again = len(listed) - len(members)
+        warn(f"{path} has {again:,} members whose names come again: the last of a name counts")
     claimed = sum(info.file_size for info in members.values())
     if claimed > MAX_RATIO * whole + RATIO_FREE_BYTES:
         raise UsageError(
@@ -87,7 +92,7 @@ def _fault(info: zipfile.ZipInfo, whole: int) -> str:
     stored = info.compress_type == zipfile.ZIP_STORED
     end = info.header_offset + info.compress_size
     stored_otherwise = stored and info.compress_size != info.file_size
-    if not 0 <= info.header_offset < end <= whole or stored_otherwise:
+    if not 0 <= info.header_offset <= end <= whole or stored_otherwise:
         return "damaged archive: the member's place or sizes do not fit"
     if info.file_size > MAX_RATIO * info.compress_size + RATIO_FREE_BYTES:
         return f"too large: {info.file_size:,} bytes packed in {info.compress_size:,}"

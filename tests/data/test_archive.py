@@ -47,12 +47,17 @@ def test_members_are_read_in_place(compression, tmp_path):
     assert reads(path) == members
 
 
-def test_of_two_members_of_a_name_the_later_counts(tmp_path):
+def test_an_empty_member_is_an_empty_file(tmp_path):
+    assert reads(make(tmp_path / "a.zip", {"a.png": b"", "b.png": b"b"}))["a.png"] == b""
+
+
+def test_of_two_members_of_a_name_the_later_counts(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
         out.writestr("a.png", b"first")
         with pytest.warns(UserWarning, match="Duplicate name"):
             out.writestr("a.png", b"second")
     assert reads(tmp_path / "a.zip") == {"a.png": b"second"}
+    assert "a.zip has 1 members whose names come again" in capsys.readouterr().err
 
 
 def test_what_is_not_trusted_is_refused_by_name(tmp_path):
