@@ -141,16 +141,16 @@ def interleaved_steps(
     """
     counts = {}
     for name, call in variants.items():
-        _stretch_ms(call, WARM_UP, device)
-        counts[name] = max(1, round(1000 * stretch_s / _stretch_ms(call, WARM_UP, device)))
+        stretch_ms(call, WARM_UP, device)
+        counts[name] = max(1, round(1000 * stretch_s / stretch_ms(call, WARM_UP, device)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
-            times[name].append(_stretch_ms(call, counts[name], device))
+            times[name].append(stretch_ms(call, counts[name], device))
     return {name: summary(t) for name, t in times.items()}
 
 
-def _stretch_ms(call: Call, count: int, device: torch.device) -> float:
+def stretch_ms(call: Call, count: int, device: torch.device) -> float:
     """Milliseconds a call, of `count` in a row."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

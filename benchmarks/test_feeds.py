@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from contenders import Case, OfTrainer, check
+from harness import stretch_ms
 from own_process import in_own_process
 from pictures import check_squares, drawn, framed_ref, jpeg_faces, repeated
 
@@ -161,16 +162,8 @@ def _stretches(
     """Seconds a call, of stretches of about `stretch_s`, each behind a lead; in turn."""
 
     def stretch(call: Callable[[], Any], count: int) -> float:
-        for _ in range(LEAD):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(count):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - begin) / count
+        stretch_ms(call, LEAD, device)
+        return stretch_ms(call, count, device) / 1000
 
     counts = {name: max(1, round(stretch_s / stretch(call, 8))) for name, call in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in calls}

@@ -22,6 +22,7 @@ from .config import (
     SampleCommand,
     TrainCommand,
     TrainConfig,
+    flag_of,
     load_recipe,
     plain_config,
     to_toml,
@@ -175,7 +176,7 @@ def run(command: Any) -> int:
 
             plain = PrepareCommand(source=command.source, check=True)
             if others := [key for key, value in plain if value != getattr(command, key)]:
-                flags = ", ".join(f"--{key.replace('_', '-')}" for key in others)
+                flags = ", ".join(map(flag_of, others))
                 raise UsageError(f"--check takes a cache alone, without {flags}")
             cache = check_cache(Path(absolute(command.source, "SOURCE")), "SOURCE")
             say(f"{summary(cache)}: whole, by its checksums")

@@ -410,6 +410,11 @@ def _explain(error: ValidationError, where: str, dash: bool) -> str:
     return "\n".join(lines)
 
 
+def flag_of(key: str) -> str:
+    """An option as the command line spells it."""
+    return f"--{key.replace('_', '-')}"
+
+
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """What changed: {key: (old value, new value)}, None where it is not set."""
     was, now = to_plain(old), to_plain(new)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import console
 from .checkpoint import checkpoints
-from .config import TrainConfig, config_from, differences
+from .config import TrainConfig, config_from, differences, flag_of
 from .errors import RunError, UsageError
 from .runlog import run_number
 
@@ -42,8 +42,10 @@ def run_to_resume(config: TrainConfig, resume: str | None) -> Path | None:
     changed.pop("out", None)  # the run stays where it is, wherever that was when it began
     for key in FIXED:
         if key in changed:
-            flag, (was, now) = key.replace("_", "-"), changed[key]
-            raise UsageError(f"--{flag} cannot change within a run: {run} has {was}, got {now}")
+            was, now = changed[key]
+            raise UsageError(
+                f"{flag_of(key)} cannot change within a run: {run} has {was}, got {now}"
+            )
     for key, (was, now) in changed.items():
         console.say(f"{key}: {was} -> {now}")
     return path
@@ -94,6 +96,6 @@ def _latest_like(config: TrainConfig) -> Path | None:
             return path
         console.say(f"--resume auto: {path} has no checkpoint, looking further")
     if nearest is not None:
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(nearest[1]))
+        flags = ", ".join(map(flag_of, sorted(nearest[1])))
         console.say(f"--resume auto: {nearest[0]} is nearest, but for {flags}")
     return None

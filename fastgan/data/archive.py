@@ -10,7 +10,7 @@ from typing import Any
 
 from ..console import warn
 from ..errors import UsageError
-from .image_file import MAX_FILE_BYTES, ImageFile, Member
+from .image_file import MAX_FILE_BYTES, ImageFile, Member, suffix_of
 
 MAX_MEMBERS = 4_000_000  # zipfile makes an object of half a kilobyte of each
 MAX_RATIO = 200  # of a member or of all, to the bytes it is packed in: images hardly shrink at all
@@ -65,7 +65,7 @@ def _most_members(path: str) -> int:
 def _is_image(name: str, suffixes: tuple[str, ...]) -> bool:
     if any(part.startswith(".") and part not in (".", "..") for part in name.split("/")):
         return False  # as in a folder; and what macOS keeps beside each file
-    return os.path.splitext(name)[1][1:].lower() in suffixes
+    return suffix_of(name) in suffixes
 
 
 def _listed(path: str, whole: int, info: zipfile.ZipInfo) -> ImageFile:

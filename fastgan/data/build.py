@@ -47,25 +47,21 @@ FACES_CHUNK = 512  # drawn at a time
 
 
 def build(wanted: Wanted, path: Path, flag: str, place_flag: str, *, alone: bool = False) -> Cache:
-    """Build the cache at `path`, replacing one that is there, and say what came of it.
+    """Build the cache at `path`, in a folder that is there, replacing one in its place, and say
+    what came of it.
 
     `alone` says that no other process of this host is at it.
 
     Raises:
-        UsageError: `path` cannot be written, or none of the images can be decoded.
+        OSError: the folder cannot be written to.
+        UsageError: more than half of the images, or with `on_bad` stop one, is refused.
         RunError: the disk is too small or fails.
     """
     building, replaced = sibling(path, "building"), meta_text(path)
     began = time.monotonic()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path, alone)
-        _check_room(wanted, path, place_flag)
-        building.mkdir()
-    except OSError as error:
-        raise UsageError(
-            f"{place_flag}: cannot write the cache {path}: {error.strerror or error}"
-        ) from error
+    sweep(path, alone)
+    _check_room(wanted, path, place_flag)
+    building.mkdir()
     try:
         filled = _Filled(wanted)
         _fill(filled, building, flag)

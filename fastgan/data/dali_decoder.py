@@ -192,12 +192,8 @@ class DaliDecoder:
             )
         images = ndd.resize(images, size=(size, size), interp_type=self._filter)
         squares = np.array(ndd.as_tensor(images).cpu())  # a copy: DALI may use its buffer again
-        fit = [not isinstance(box, str) for box in boxes]
-        self._enlarged += sum(
-            min(part.width, part.height) < size
-            for part, fits in zip(parts, fit, strict=True)
-            if fits
-        )
+        kept = [box for box in boxes if not isinstance(box, str)]
+        self._enlarged += sum(min(box.width, box.height) < size for box in kept)
         return [
             box if isinstance(box, str) else square
             for box, square in zip(boxes, squares, strict=True)

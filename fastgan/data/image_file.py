@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import struct
@@ -87,6 +88,16 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file")
     return open(handle, "rb")
+
+
+def sha256(blob: bytes | str) -> str | None:
+    """Of what `ImageFile.read` gave; None for a reason."""
+    return hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
+
+
+def suffix_of(name: str) -> str:
+    """In small letters and without the dot, or ""."""
+    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def name_bytes(name: str) -> bytes:

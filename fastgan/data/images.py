@@ -11,7 +11,7 @@ from pathlib import Path
 from ..console import warn
 from ..errors import UsageError
 from .archive import list_archive
-from .image_file import ImageFile, name_bytes, printable
+from .image_file import ImageFile, name_bytes, printable, suffix_of
 
 JPEG_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif")
 SUFFIXES = (*JPEG_SUFFIXES, "png", "webp", "bmp", "tif", "tiff", "pgm", "ppm", "pbm", "pnm")
@@ -50,19 +50,19 @@ def _in_folder(folder: Path, flag: str) -> list[ImageFile]:
         except OSError as error:
             if here == folder:
                 raise UsageError(f"{flag}: cannot read {folder}: {error.strerror}") from error
-            warn(
-                f"passed over the folder {printable(str(here))}: {error.strerror}"
-            )  # a disk's lost+found
+            # such as a disk's lost+found
+            warn(f"passed over the folder {printable(str(here))}: {error.strerror}")
             continue
         for entry in entries:
             info = _stat(entry)
             if info is None or stat.S_ISREG(info.st_mode):
-                if "." in entry.name and entry.name.rpartition(".")[2].lower() in SUFFIXES:
+                if suffix_of(entry.name) in SUFFIXES:
                     found.append(_listed(prefix + entry.name, entry.path, info))
             elif stat.S_ISDIR(info.st_mode):
                 below.append((f"{prefix}{entry.name}/", here / entry.name))
             # the rest are pipes and sockets, which would block their reader
-        waiting.extend(reversed(below))  # the first of them is on top
+        # the first by name is on top: of two links to one folder always the same gives its name
+        waiting += sorted(below, key=lambda item: name_bytes(item[1].name), reverse=True)
     return found
 
 
@@ -73,14 +73,13 @@ def _listed(name: str, path: str, info: os.stat_result | None) -> ImageFile:
 
 
 def _entries(folder: Path, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
-    """What is seen in a folder, by name; nothing where it was visited before."""
+    """What is seen in a folder; nothing where it was visited before."""
     info = folder.stat()
     if (info.st_dev, info.st_ino) in visited:
         return []
     visited.add((info.st_dev, info.st_ino))
     with os.scandir(folder) as entries:
-        seen = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(seen, key=lambda entry: name_bytes(entry.name))
+        return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:

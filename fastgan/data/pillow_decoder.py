@@ -44,11 +44,6 @@ class PillowDecoder:
 
     name = "pillow"
 
-    @property
-    def lack(self) -> str:
-        """What makes it slower than it could be, or ""."""
-        return self.png.lack
-
     def __init__(self, framing: Framing) -> None:
         self.framing = framing
         self.by_pillow = 0  # in place of another decoder
@@ -57,6 +52,11 @@ class PillowDecoder:
         Image.init()
         Image.MAX_IMAGE_PIXELS = None  # the limit here is the framing's
         self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
+
+    @property
+    def lack(self) -> str:
+        """What makes it slower than it could be, or ""."""
+        return self.png.lack
 
     def decode(self, blobs: Sequence[bytes]) -> list[np.ndarray | str]:
         """One uint8 [size, size, 3] array for each file, or the reason why it was refused: one

@@ -17,8 +17,8 @@ from .cache import FILES, IMAGES, META, SKIPPED, Cache, DamagedError, is_cache, 
 from .image_file import printable
 
 
-def check_place(path: Path, flag: str) -> str | None:
-    """None where nothing is in the way; "" where a cache is; raises for whatever else there is.
+def check_place(path: Path, flag: str) -> bool:
+    """Whether a cache is there; `UsageError` for whatever else is in the way.
 
     A folder is only ever replaced when everything in it was written here: nobody's own files are
     deleted.
@@ -29,14 +29,14 @@ def check_place(path: Path, flag: str) -> str | None:
         if os.path.lexists(parent):
             raise UsageError(f"{flag}: cannot make the cache {path}: {parent} is a file")
     if not os.path.lexists(path):
-        return None
+        return False
     if not path.is_dir():
         raise UsageError(f"{flag} must be a folder to write a cache to; {path} is a file")
     if os.path.ismount(path):
         raise UsageError(f"{flag} is a mount point, which cannot be replaced; name a folder in it")
     names = set(os.listdir(path))
     if not names:
-        return None
+        return False
     foreign = sorted(names - {IMAGES, FILES, SKIPPED, META})
     if foreign or not is_cache(path):
         shown = ", ".join(printable(name) for name in (foreign or sorted(names))[:3])
@@ -44,7 +44,7 @@ def check_place(path: Path, flag: str) -> str | None:
             f"{flag} must be a new folder, an empty one or a cache; "
             f"{path} holds other files ({shown})"
         )
-    return ""
+    return True
 
 
 def meta_text(path: Path) -> bytes | None:

@@ -8,7 +8,6 @@ trains. Only decoding is limited in time: a drive that does not answer is waited
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
@@ -21,7 +20,7 @@ from ..errors import RunError
 from ..framing import Framing
 from . import process
 from .decode import AUTO
-from .image_file import ImageFile, printable
+from .image_file import ImageFile, printable, sha256, suffix_of
 from .images import JPEG_SUFFIXES
 from .process import Decoded, DecodeProcess, Died, joined
 
@@ -127,10 +126,8 @@ class DecodePool:
                 self.by_pillow += bool(reason) and len(answer.squares)
                 return answer
             reason = reason or answer
-        blob = file.read()
-        digest = hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
         empty = np.empty((0, self.framing.size, self.framing.size, 3), np.uint8)
-        return Decoded(empty, [reason], [digest])
+        return Decoded(empty, [reason], [sha256(file.read())])
 
     def interrupt(self) -> None:
         """From another thread: end what `run` or `one` waits for, with `Interrupted`."""
@@ -245,7 +242,7 @@ def _fastest(files: Sequence[ImageFile], again: bool) -> Sequence[str]:
     A PNG is inflated on the CPU wherever it goes, by kornia-rs in a third of DALI's time. On a CPU
     Pillow (with kornia-rs) is as fast as DALI once both are running, and starts a second sooner.
     """
-    jpegs = [file.size_bytes for file in files if file.name.lower().endswith(JPEG_SUFFIXES)]
+    jpegs = [file.size_bytes for file in files if suffix_of(file.name) in JPEG_SUFFIXES]
     large = again or sum(jpegs) >= GPU_PAYS_BYTES * cores()
     return AUTO if large and 2 * len(jpegs) > len(files) else AUTO[-1:]
 

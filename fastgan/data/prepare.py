@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import lock
-from ..config import DataOptions
+from ..config import DataOptions, flag_of
 from ..console import bar, say, warn
 from ..env import cores
 from ..errors import RunError, UsageError
@@ -27,7 +26,7 @@ from .cache import (
     read_cache,
     summary,
 )
-from .image_file import ImageFile, open_regular, printable
+from .image_file import ImageFile, open_regular, printable, sha256
 from .place import check_place
 from .wanted import DEFAULTS, Wanted, pixel_options, want
 
@@ -66,7 +65,7 @@ def prepare(
     path = out if out is not None else (root or default_root()) / wanted.folder_name
     path = Path(os.path.realpath(path))  # a link in its place would be in the way of the rename
     if not verify:  # else that is done once, under the lock
-        cache, _ = _reuse(wanted, path, place_flag, verify)
+        cache, _ = _reuse(wanted, path, place_flag, verify=False)
         if cache is not None:
             return cache
     try:
@@ -96,36 +95,38 @@ def default_root() -> Path:
         ) from None
 
 
-def _reuse(
-    wanted: Wanted, path: Path, place_flag: str, verify: bool
-) -> tuple[Cache | None, str | None]:
-    """The cache at `path` if it serves, else what is wrong with it (None where none is there)."""
-    reason = check_place(path, place_flag)
-    if reason is None:
-        return None, None
+def _reuse(wanted: Wanted, path: Path, place_flag: str, verify: bool) -> tuple[Cache | None, str]:
+    """The cache at `path` if it serves, else what is wrong with it ("" where none is there)."""
+    if not check_place(path, place_flag):
+        return None, ""
     try:
         cache = read_cache(path)
-        reason = _difference(cache, wanted) or (_changed_contents(cache, wanted) if verify else "")
-        skipped = 0 if reason else _skipped(cache, wanted.options, wanted.source)
+        reason, skipped = _difference(cache, wanted), []
+        if not reason:
+            skipped = list(_lines(path / SKIPPED))
+            reason = _readable_now(skipped, wanted)
+        if verify and not reason:
+            reason = _changed_contents(cache, wanted)
     except DamagedError as damage:
         reason = f"the cache is damaged: {damage}"
     if reason:
         return None, reason
-    without = f", without {skipped:,} that were skipped" if skipped else ""
+    _check_skipped(skipped, path, wanted.options, wanted.source)
+    without = f", without {len(skipped):,} that were skipped" if skipped else ""
     say(f"{summary(cache)} (reused{without})")
     return cache, ""
 
 
-def _skipped(cache: Cache, options: DataOptions, source: str) -> int:
-    """How many files were refused when the cache was built; `UsageError` where one is too many."""
-    rows = list(_lines(cache.path / SKIPPED))
-    if rows and options.on_bad == "stop":
-        first = f"{printable(rows[0]['name'])}: {rows[0].get('reason')}"
+def _check_skipped(
+    skipped: list[dict[str, Any]], path: Path, options: DataOptions, source: str
+) -> None:
+    """`UsageError` where files were refused when the cache was built, and one is too many."""
+    if skipped and options.on_bad == "stop":
+        first = f"{printable(skipped[0]['name'])}: {skipped[0].get('reason')}"
         raise UsageError(
-            f"--on-bad stop: {len(rows):,} files of {source} were skipped when {cache.path} was "
+            f"--on-bad stop: {len(skipped):,} files of {source} were skipped when {path} was "
             f"built, as {first} (--on-bad skip takes it as it is)"
         )
-    return len(rows)
 
 
 def _say_waiting(path: Path) -> None:
@@ -136,28 +137,24 @@ def _open_source(folder: Path, options: DataOptions, out: Path | None, flag: str
     if out is not None:
         raise UsageError(f"--out cannot be used here: {flag} {folder} is a cache already")
     cache = open_cache(folder, flag)
-    for key, wish in pixel_options(options).items():
-        held = cache.meta.options.get(key)
-        if key == "size" and wish != held:
-            raise UsageError(
-                f"{flag}: the cache {folder} holds images of {held} px, but --size is {wish}"
-            )
-        if wish not in (held, getattr(DEFAULTS, key)):
-            raise UsageError(
-                f"--{key.replace('_', '-')} {wish} is not what the cache {folder} was made with "
-                f"({held}): prepare another"
-            )
-    if options.decoder not in ("auto", cache.meta.decoder):
+    if options.size != cache.meta.size:
         raise UsageError(
-            f"--decoder {options.decoder} is not what the cache {folder} was made with "
-            f"({cache.meta.decoder}): prepare another"
+            f"{flag}: the cache {folder} holds images of {cache.meta.size} px, but --size is "
+            f"{options.size}"
         )
+    held = {**cache.meta.options, "decoder": cache.meta.decoder}
+    for key, wish in {**pixel_options(options), "decoder": options.decoder}.items():
+        if wish not in (held.get(key), getattr(DEFAULTS, key)):
+            raise UsageError(
+                f"{flag_of(key)} {wish} is not what the cache {folder} was made with "
+                f"({held.get(key)}): prepare another"
+            )
     try:
-        _skipped(cache, options, str(folder))
+        _check_skipped(list(_lines(folder / SKIPPED)), folder, options, str(folder))
     except DamagedError as damage:
         raise RunError(f"{flag}: the cache {folder} is damaged: {damage}") from damage
     framed = [
-        f"{key.replace('_', '-')} {value}"
+        f"{flag_of(key)[2:]} {value}"
         for key, value in cache.meta.options.items()
         if key != "size" and value != getattr(DEFAULTS, key, None)
     ]
@@ -171,7 +168,7 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
     if meta.fingerprint == wanted.fingerprint:
         if not wanted.drawn and decoder not in ("auto", meta.decoder):
             return f"it was decoded by {meta.decoder}, not {decoder}"
-        return _readable_now(cache, wanted)
+        return ""
     wishes = pixel_options(wanted.options)
     if meta.size != wanted.options.size:
         return f"it holds images of {meta.size} px, not {wanted.options.size}"
@@ -179,7 +176,7 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
         return f"it was made from {meta.source}"
     for key, now in wishes.items():
         if (was := meta.options.get(key)) != now:
-            return f"--{key.replace('_', '-')} is {now} now, was {was}"
+            return f"{flag_of(key)} is {now} now, was {was}"
     if wanted.drawn:
         return "the drawing code changed"
     before = _rows(cache)
@@ -199,13 +196,9 @@ def _difference(cache: Cache, wanted: Wanted) -> str:
     return ", ".join([f"{number} {'file' if number == '1' else 'files'} {what}", *rest])
 
 
-def _readable_now(cache: Cache, wanted: Wanted) -> str:
+def _readable_now(skipped: list[dict[str, Any]], wanted: Wanted) -> str:
     """A file that could not be read when the cache was built, and can be now; or ""."""
-    lost = {
-        row["name"]
-        for row in _lines(cache.path / SKIPPED)
-        if str(row.get("reason")).startswith("unreadable")
-    }
+    lost = {row["name"] for row in skipped if str(row.get("reason")).startswith("unreadable")}
     for file in wanted.files if lost else ():
         if file.name in lost and not isinstance(file.read(), str):
             return f"{file.name!a} can be read now"
@@ -218,7 +211,7 @@ def _changed_contents(cache: Cache, wanted: Wanted) -> str:
         return ""
     before, files = _rows(cache), wanted.files
     with bar("verifying", len(files)) as progress, ThreadPoolExecutor(cores()) as threads:
-        for done, (file, digest) in enumerate(zip(files, threads.map(_sha256, files), strict=True)):
+        for done, (file, digest) in enumerate(zip(files, threads.map(_digest, files), strict=True)):
             if file.name not in before:
                 raise DamagedError(f"{file.name!a} is in none of its lists")
             if digest != before[file.name].get("sha256"):
@@ -227,9 +220,8 @@ def _changed_contents(cache: Cache, wanted: Wanted) -> str:
     return ""
 
 
-def _sha256(file: ImageFile) -> str | None:
-    blob = file.read()
-    return hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
+def _digest(file: ImageFile) -> str | None:
+    return sha256(file.read())
 
 
 def _rows(cache: Cache) -> dict[str, dict[str, Any]]:

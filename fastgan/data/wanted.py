@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..config import DataOptions
+from ..config import DataOptions, flag_of
 from ..errors import UsageError
 from ..paths import absolute, slug
 from .image_file import ImageFile
@@ -79,7 +79,7 @@ def _want_faces(source: str, options: DataOptions, flag: str) -> Wanted:
         raise UsageError(f"{flag}: faces:N needs a whole number N, 1 or more; got {source[:99]}")
     for key in ("crop", "filter", "min_size", "max_pixels", "decoder"):
         if (value := getattr(options, key)) != getattr(DEFAULTS, key):
-            raise UsageError(f"--{key.replace('_', '-')} {value} does not apply to drawn faces")
+            raise UsageError(f"{flag_of(key)} {value} does not apply to drawn faces")
     count, held_out = int(match[1]), 0
     chosen = {key: getattr(options, key) for key in ("limit", "keep", "holdout")}
     numbers: Sequence[int] = range(count)

@@ -10,7 +10,6 @@ of JSON, then the squares' bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -27,7 +26,7 @@ import numpy as np
 from ..errors import RunError
 from ..framing import Framing
 from .decode import Decoder, open_decoder
-from .image_file import ImageFile, Member
+from .image_file import ImageFile, Member, sha256
 
 MEMORY_BYTES = 2 << 30  # beyond what the decoder takes when it is opened
 PIXEL_BYTES = 32  # and for each pixel of the largest image: 16-bit RGBA, and a few copies
@@ -87,11 +86,7 @@ def _read(lines: IO[bytes], requests: SimpleQueue[Any]) -> None:
         for line in lines:
             cpu_s, wall_s, files = json.loads(line)
             blobs = [from_json(file).read() for file in files]
-            digests = [
-                hashlib.sha256(blob).hexdigest() if isinstance(blob, bytes) else None
-                for blob in blobs
-            ]
-            requests.put((cpu_s, wall_s, blobs, digests))
+            requests.put((cpu_s, wall_s, blobs, [sha256(blob) for blob in blobs]))
         requests.put(None)
     except Exception as error:
         requests.put(error)
