@@ -24,8 +24,8 @@ from fastgan.graph import Graphed
 from fastgan.models import Discriminator, Generator
 from fastgan.optim import Ema, Trained
 from fastgan.reference import Reference, make_discriminator, make_generator
+from fastgan.state import State
 from fastgan.step import Step, frozen
-from fastgan.trainer import Trainer
 
 LR, BETAS, SEED = 2e-4, (0.5, 0.999), 7
 Networks, Adams = Sequence[nn.Module], Sequence[torch.optim.Optimizer]
@@ -248,15 +248,15 @@ class Ours(Contender):
         self.advance = lambda: call(data.batch)
 
 
-class OfTrainer(Contender):
-    """The trainer's own step, to be checked."""
+class OfState(Contender):
+    """A run's own step, to be checked."""
 
-    def __init__(self, trainer: Trainer, batch: Batch) -> None:
-        step = trainer.step
+    def __init__(self, state: State, batch: Batch) -> None:
+        step = state.step
         self.networks = step.g.network, step.d.network
         self.adams, self.latents = (step.g.adam, step.d.adam), step.latents
-        self.precision = precision_of(trainer.modes.low, trainer.device)
-        self.advance = lambda: trainer.advance(batch)
+        self.precision = precision_of(state.modes.low, state.device)
+        self.advance = lambda: state.advance(batch)
 
 
 def check_rate(case: Case) -> float:

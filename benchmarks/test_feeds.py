@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contenders import Case, OfTrainer, check
+from contenders import Case, OfState, check
 from harness import stretch_ms
 from own_process import in_own_process
 from pictures import check_squares, drawn, framed_ref, jpeg_faces, repeated
@@ -30,7 +30,7 @@ from fastgan.data.prepare import prepare
 from fastgan.data.stream import SLOTS
 from fastgan.env import cores
 from fastgan.modes import pick_modes
-from fastgan.trainer import Trainer
+from fastgan.state import State
 from fastgan_kernels import gather_u8
 
 GPU = torch.cuda.is_available()
@@ -101,26 +101,26 @@ def test_feeds(scale, device, record_rows, benchmark, tmp_path):
     files = repeated(files, tmp_path / "images", count)
     common = {**SHAPE, "data": str(tmp_path / "images"), "cache": tmp_path / "caches"}
     with ExitStack() as opened:
-        trainers, decoders = {}, {}
+        states, decoders = {}, {}
         for loader in FEEDS:
             config = TrainConfig(**common, loader=loader)
             data = opened.enter_context(closing(open_data(config)))
-            trainer = Trainer(config, data, pick_modes(config))
-            trainers[loader] = opened.enter_context(closing(trainer))
+            state = State(config, data, pick_modes(config))
+            states[loader] = opened.enter_context(closing(state))
             decoders[loader] = data.decoder if isinstance(data, OnTheFly) else data.meta.decoder
-        errors = {name: _feed_error(name, trainer, files) for name, trainer in trainers.items()}
-        for trainer in trainers.values():
-            trainer.warm_up()
-        resident = trainers["resident"]
+        errors = {name: _feed_error(name, state, files) for name, state in states.items()}
+        for state in states.values():
+            state.warm_up()
+        resident = states["resident"]
         same = resident.feed.next()
         case = Case(config.size, batch, config.latent, config.width)
         real = gather_u8(*same, dtype=torch.float32, impl="ref")
-        errors[ALONE] = check(OfTrainer(resident, same), case, real)
+        errors[ALONE] = check(OfState(resident, same), case, real)
 
         calls = {ALONE: lambda: resident.advance(same)}
-        for name, trainer in trainers.items():
-            calls[name] = lambda t=trainer: t.advance(t.feed.next())
-            calls[f"{name} feed"] = trainer.feed.next
+        for name, state in states.items():
+            calls[name] = lambda t=state: t.advance(t.feed.next())
+            calls[f"{name} feed"] = state.feed.next
         how = (0.5, ROUNDS) if scale >= 1 else (0.05, 1)
         seconds = benchmark.pedantic(_stretches, args=(calls, device, *how), rounds=1)
     rates = {name: [batch / s for s in found] for name, found in seconds.items()}
@@ -145,12 +145,12 @@ def test_feeds(scale, device, record_rows, benchmark, tmp_path):
     record_rows("feeds", rows)
 
 
-def _feed_error(name: str, trainer: Trainer, files: list[Path]) -> float:
+def _feed_error(name: str, state: State, files: list[Path]) -> float:
     """The mean error of a feed's first batches against the files whose turn it is, in levels."""
-    config, errors = trainer.config, []
+    config, errors = state.config, []
     turn = Sampler(len(files), config.batch, config.seed)
     for _ in range(CHECKED):
-        images, index = trainer.feed.next()
+        images, index = state.feed.next()
         expected = np.stack([framed_ref(files[row], config.size) for row in turn.next()])
         errors.append(check_squares(name, images[index].cpu().numpy(), expected))
     return statistics.mean(errors)

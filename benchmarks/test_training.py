@@ -12,13 +12,13 @@ import time
 import harness
 import pytest
 import torch
-from contenders import Case, OfTrainer, check
+from contenders import Case, OfState, check
 
 from fastgan.cli import main
 from fastgan.config import TrainConfig
 from fastgan.data.prepare import prepare
 from fastgan.modes import pick_modes
-from fastgan.trainer import Trainer
+from fastgan.state import State
 from fastgan_kernels import gather_u8
 
 GPU = torch.cuda.is_available()
@@ -45,16 +45,16 @@ def test_train(shape, way, device, record_rows, benchmark, tmp_path):
     flags = [f"--data={cache.path}", f"--kimg={KIMG}", f"--out={tmp_path}"]
     flags += [f"--{k}={v}" for k, v in options.items() if k in ("size", "batch", "width")]
 
-    trainer = Trainer(config, cache, pick_modes(config))
-    trainer.warm_up()
-    batch = trainer.feed.next()
+    state = State(config, cache, pick_modes(config))
+    state.warm_up()
+    batch = state.feed.next()
     case = Case(config.size, config.batch, config.latent, config.width)
     real = gather_u8(*batch, dtype=torch.float32, impl="ref")
-    error = check(OfTrainer(trainer, batch), case, real)
+    error = check(OfState(state, batch), case, real)
 
     def alone() -> float:
-        """Milliseconds of the trainer's own step, on one batch."""
-        return harness.interleaved_steps({"": lambda: trainer.advance(batch)}, device)[""].ms
+        """Milliseconds of the run's own step, on one batch."""
+        return harness.interleaved_steps({"": lambda: state.advance(batch)}, device)[""].ms
 
     before = alone()
     begin = time.perf_counter()

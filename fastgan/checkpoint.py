@@ -6,8 +6,9 @@ it is used.
       optim.safetensors   g.NAME.exp_avg, ...: both optimizers
       state.safetensors   random.latents, ema.steps, stats.sums, loss_scale.* (fp16): what else
                           changes step by step
-      meta.json           format version, counters, feed position, configuration;
-                          bytes and SHA-256 of each file
+      meta.json           format version, counters, feed position, configuration; bytes and
+                          SHA-256 of each file, and of all this the SHA-256
+    best.json             beside `checkpoints`: which of them a metric found the best
 
 The folder is written beside under another name, flushed to disk, meta.json last, then renamed; so
 a kill at any moment leaves the one before it whole. Its name is the images seen, to the image, and
@@ -30,22 +31,24 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from . import console
-from .durable import flush_folder, write_flushed
+from . import console, formats
+from .durable import check_space, flush_folder, replace_file, write_flushed
 from .errors import RunError, UsageError
+from .tensor_file import file_bytes, write_tensors
 
-FORMAT_VERSION = 2
 PARTS = ("model", "optim", "state")
-META = "meta.json"
-# What meta.json holds beside the format version and the digests of the files.
+META, BEST = "meta.json", "best.json"
+# What meta.json holds beside the format version and the digests.
 RECORD = {
-    "step": int,
     "images": int,
+    "step": int,
+    "world": int,
     "device": str,
     "feed": dict,
     "data": dict,
     "config": dict,
 }
+SEALED = range(3, formats.VERSION + 1)  # the formats whose meta.json has a digest of itself
 NAME = re.compile(r"\d{6,}\.\d{3}kimg")
 
 
@@ -56,14 +59,21 @@ def kimg_name(images: int) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are as they were written."""
+    """A checkpoint whose files are as they were written. What older versions of fastgan wrote
+    differently is given in the newest form (formats.py).
+    """
 
     path: Path
     meta: dict[str, Any]
+    written: dict[str, Any]  # meta.json as it is
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of "model", "optim" or "state" by name, on the CPU."""
-        return safetensors.torch.load(_checked_bytes(self.path, part, self.meta["files"]))
+        content = _checked_bytes(self.path, part, self.written["files"])
+        tensors: dict[str, Tensor] = safetensors.torch.load(content)
+        if part == "state":
+            return formats.upgraded(self.written, str(self.path), tensors)[1]
+        return tensors
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -77,7 +87,8 @@ def save(
     """Write one checkpoint into `folder` and return its path.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; nothing half-written stays.
+        OSError: the disk is full (nothing is written when that is known before) or the folder
+            cannot be written; nothing half-written stays.
     """
     final = folder / kimg_name(images)
     if final.exists():  # saved at this very step already
@@ -86,16 +97,16 @@ def save(
     # of a process that was killed: the run's lock says that it is gone
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
+    check_space(folder, sum(file_bytes(parts[part]) for part in PARTS))
     scratch = folder / f".{final.name}.tmp"
     scratch.mkdir()
     try:
         files = {}
         for part in PARTS:
-            content = safetensors.torch.save(_apart(parts[part]))
-            write_flushed(scratch / f"{part}.safetensors", content)
-            files[part] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        record = {"format_version": FORMAT_VERSION, "images": images, **meta, "files": files}
-        write_flushed(scratch / META, (json.dumps(record, indent=1) + "\n").encode())
+            count, digest = write_tensors(scratch / f"{part}.safetensors", parts[part])
+            files[part] = {"bytes": count, "sha256": digest}
+        record = {"format_version": formats.VERSION, "images": images, **meta, "files": files}
+        write_flushed(scratch / META, (json.dumps(sealed(record), indent=1) + "\n").encode())
         flush_folder(scratch)
         os.rename(scratch, final)
     except BaseException:
@@ -105,38 +116,54 @@ def save(
     return final
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU where one is needed, none in the memory of another: parameters may share
-    one step count, and a file holds it under each name.
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a meta.json with its own digest, under "sha256": that of the rest as JSON with
+    sorted keys and without spaces. Every format from 3 on has it.
     """
-    held: set[int] = set()
-    result = {}
-    for name, t in tensors.items():
-        t = t.detach().cpu().contiguous()
-        place = t.untyped_storage().data_ptr()
-        result[name] = t.clone() if place in held else t
-        held.add(place)
-    return result
+    plain: dict[str, Any] = json.loads(json.dumps(dict(meta)))
+    plain.pop("sha256", None)
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return {**plain, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, every file of it verified; `RunError` names the damaged file."""
-    try:
-        meta = json.loads((path / META).read_text("utf-8"))
-        version, files = meta["format_version"], meta["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"checkpoint {path}: {META} cannot be read ({error})") from None
-    if version != FORMAT_VERSION:
-        raise RunError(
-            f"checkpoint {path} has format {version}, this fastgan reads {FORMAT_VERSION}: "
-            "it was written by another version"
-        )
+    written = _read_meta(path)
+    meta, _ = formats.upgraded(written, str(path))
     wrong = [key for key, kind in RECORD.items() if not isinstance(meta.get(key), kind)]
     if wrong:
         raise RunError(f"checkpoint {path} is damaged: {META} has no right {', '.join(wrong)}")
+    if NAME.fullmatch(path.name) and path.name != kimg_name(meta["images"]):
+        raise RunError(f"checkpoint {path} is another one: {META} is of {meta['images']:,} images")
     for part in PARTS:
-        _checked_bytes(path, part, files)
-    return Checkpoint(path, meta)
+        _checked_bytes(path, part, written["files"])
+    return Checkpoint(path, meta, written)
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether meta.json is right and every file is as long as it says: what can be told without
+    reading them.
+    """
+    try:
+        files = _read_meta(path)["files"]
+        sizes = {part: (path / f"{part}.safetensors").stat().st_size for part in PARTS}
+        return all(sizes[part] == files[part]["bytes"] for part in PARTS)
+    except (RunError, OSError, KeyError, TypeError):
+        return False
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """The content of meta.json, whole by its own digest."""
+    try:
+        meta: dict[str, Any] = json.loads((path / META).read_text("utf-8"))
+        version, _ = meta["format_version"], meta["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"checkpoint {path}: {META} cannot be read ({error})") from None
+    # asked of whatever has one: a damaged version must not pass for one from before there were any
+    has_digest = "sha256" in meta or version in SEALED
+    if has_digest and meta.get("sha256") != sealed(meta)["sha256"]:
+        raise RunError(f"checkpoint {path} is damaged: {META} does not have its recorded SHA-256")
+    return meta
 
 
 def newest(run: Path) -> Checkpoint:
@@ -194,16 +221,72 @@ def set_aside_newer(run: Path, images: int) -> list[Path]:
     moved = []
     for path in checkpoints(run):
         if _kimg(path) * 1000 > images:
+            if path.name == _best_name(run):
+                (run / BEST).unlink()  # another will have its name
             aside.mkdir(exist_ok=True)
             shutil.rmtree(aside / path.name, ignore_errors=True)  # set aside once before
             moved.append(path.rename(aside / path.name))
     return moved
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in checkpoints(run)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+def mark_best(run: Path, path: Path, metric: str, value: float) -> None:
+    """Record that of the run's checkpoints the one at `path` is the best by a metric: `prune` lets
+    it be.
+    """
+    content = {"checkpoint": path.name, "metric": metric, "value": value}
+    replace_file(run / BEST, (json.dumps(content, indent=1) + "\n").encode())
+    flush_folder(run)
+
+
+def best(run: Path) -> Path | None:
+    """The checkpoint that `mark_best` named last; None if there is none, or it is not whole by its
+    looks.
+    """
+    try:
+        name = _best_name(run)
+    except OSError:
+        return None
+    path = run / "checkpoints" / (name or "none")
+    return path if name and looks_whole(path) else None
+
+
+def _best_name(run: Path) -> str | None:
+    """The name in best.json; None without a right one."""
+    try:
+        name = json.loads((run / BEST).read_text("utf-8"))["checkpoint"]
+        return name if NAME.fullmatch(name) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def prune(run: Path, keep: int) -> list[tuple[Path, OSError]]:
+    """Delete what is older than the newest `keep` checkpoints that look whole, but for the best.
+
+    A damaged one among them does not count: no older one is deleted in its favour. Returns what
+    could not be deleted, and why.
+    """
+    try:
+        paths = checkpoints(run)
+    except OSError as error:
+        return [(run / "checkpoints", error)]
+    kept, failed = 0, []
+    for path in reversed(paths):
+        if kept < keep:
+            kept += looks_whole(path)
+            continue
+        try:
+            if path.name != _best_name(run):  # asked each time: it may be marked meanwhile
+                _delete(path)
+        except OSError as error:
+            failed.append((path, error))
+    return failed
+
+
+def _delete(path: Path) -> None:
+    """Renamed before: what a kill leaves of it is no damaged checkpoint, and the next save sweeps
+    it.
+    """
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted.tmp")))
 
 
 def _checked_bytes(path: Path, part: str, files: Mapping[str, Any]) -> bytes:

@@ -1,5 +1,8 @@
 """The command line: `fastgan VERB`. Only config is imported until a verb runs, so help and
 mistakes answer at once.
+
+Of several processes that torchrun starts, all have the same arguments: rank 0 alone says what is
+wrong with these. What goes wrong later may have gone wrong on one of them, which then says so.
 """
 
 from __future__ import annotations
@@ -7,9 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except OSError as error:  # stdout is full, or its reader has gone (`fastgan info | head -1`)
         if not isinstance(error, BrokenPipeError):
-            print(f"fastgan: {error}", file=sys.stderr)
+            _complain(str(error), everywhere=False)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more to say at exit
         return 1
 
@@ -65,23 +69,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     try:
         if args in (["--version"], ["-V"]):
-            print(f"fastgan {__version__}")
+            _print_once(f"fastgan {__version__}\n")
             return 0
         with terminable():
-            _check_folder()
+            with _told_by_first("LOCAL_RANK"):
+                _check_folder()
             return run(parse(args))
-    except UsageError as error:
-        print(f"fastgan: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"fastgan: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, RunError) as error:
+        _complain(str(error), error.everywhere)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("fastgan: interrupted", file=sys.stderr)
+        _complain("interrupted", everywhere=True)
         return 130
     except Terminated as signal:
-        print(f"fastgan: terminated by {signal.name}", file=sys.stderr)
+        # torchrun ends all of them once one has failed, whose words would be lost among theirs
+        _complain(f"terminated by {signal.name}", everywhere=True)
         return 128 + signal.number
+
+
+def _complain(text: str, everywhere: bool) -> None:
+    """Say what went wrong; where it did on every rank, rank 0 says it."""
+    rank = _rank()
+    if rank == 0:
+        print(f"fastgan: {text}", file=sys.stderr)
+    elif not everywhere:
+        print(f"fastgan: rank {rank}: {text}", file=sys.stderr)
+
+
+def _print_once(text: str) -> None:
+    if _rank() == 0:
+        print(text, end="")
+
+
+def _rank() -> int:
+    """Which of torchrun's processes this is; 0 for one that is alone, or not rightly started: that
+    one speaks.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, world, _ = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        return 0
+    return rank if 0 < rank < world else 0
+
+
+@contextmanager
+def _told_by_first(of: Literal["RANK", "LOCAL_RANK"]) -> Iterator[None]:
+    """An error in the block is met by all processes of the run, or by all of this node (files may
+    not be there on another); the first of them tells it.
+    """
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        error.everywhere = os.environ.get(of, "0") != "0"
+        raise
 
 
 def _check_folder() -> None:
@@ -105,6 +146,7 @@ def parse(args: Sequence[str]) -> Any:
     """The command that `args` spell. Exits 2 on a wrong flag (tyro), raises `UsageError` on a
     wrong value.
     """
+    args = _joined(args, "--allow-change")
     base = TrainConfig()
     if args and args[0] == "train" and not {"-h", "--help"} & set(args):
         base = _train_base(args[1:])
@@ -119,13 +161,41 @@ def parse(args: Sequence[str]) -> Any:
         settings = tyro.conf.subcommand(name, default=default, prefix_name=False)
         made: Any = Annotated[(verb, settings)]
         union = made if union is None else union | made
-    return tyro.cli(
-        union,
-        prog="fastgan",
-        description=ABOUT,
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    with _told_by_first("RANK"):
+        with _spoken_once():
+            command = tyro.cli(
+                union,
+                prog="fastgan",
+                description=ABOUT,
+                args=args,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        if isinstance(command, TrainCommand) and command.allow_change:
+            from .resume import allowed_changes
+
+            allowed_changes(command.allow_change)
+    return command
+
+
+@contextmanager
+def _spoken_once() -> Iterator[None]:
+    """What is printed in the block, help and tyro's errors, rank 0 alone prints."""
+    if _rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _joined(args: Sequence[str], flag: str) -> list[str]:
+    """The arguments with `flag --lr-g` as `flag=--lr-g`: a value may look like a flag."""
+    joined: list[str] = []
+    for arg in args:
+        if joined and joined[-1].replace("_", "-") == flag and arg.startswith("--"):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 def _train_base(args: Sequence[str]) -> TrainConfig:
@@ -139,14 +209,18 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
         return TrainConfig()
     if given.resume and given.resume != "auto":
         if given.recipe:
-            raise UsageError("--recipe does not go with --resume RUN: the run has a configuration")
+            raise UsageError(
+                "--recipe does not go with --resume RUN: the run has a configuration", True
+            )
         if given.out:
-            raise UsageError("--out does not go with --resume RUN: the run stays where it is")
+            raise UsageError("--out does not go with --resume RUN: the run stays where it is", True)
         from .resume import load_config
 
-        base = load_config(Path(given.resume))
+        with _told_by_first("LOCAL_RANK"):
+            base = load_config(Path(given.resume))
     elif given.recipe:
-        base = load_recipe(given.recipe)
+        with _told_by_first("LOCAL_RANK"):
+            base = load_recipe(given.recipe)
     elif given.data is None:
         base = load_recipe(DEFAULT_RECIPE)
     else:
@@ -164,11 +238,18 @@ def run(command: Any) -> int:
     if isinstance(command, TrainCommand):
         config = plain_config(command)
         if command.dry_run:
-            print(to_toml(config), end="")
+            _print_once(to_toml(config))
             return 0
+        from .resume import allowed_changes
         from .trainer import train
 
-        return train(config, resume=command.resume)
+        return train(
+            config,
+            resume=command.resume,
+            allow_change=allowed_changes(command.allow_change),
+            elastic=command.elastic,
+            exit_zero=command.exit_zero,
+        )
     if isinstance(command, PrepareCommand):
         if command.check:
             from .data.cache import check_cache, summary

@@ -27,7 +27,8 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import UsageError
+from . import __version__
+from .errors import RunError, UsageError
 from .framing import MAX_SIDE, Crop, Filter, Framing
 
 MIN_SIZE, MAX_SIZE = 32, 256
@@ -169,7 +170,7 @@ class TrainConfig(DataOptions, Source):
     decoded on the fly without a cache (dali); auto is resident where it fits, else stream.
     """
     batch: int = Field(128, ge=2, le=65536)
-    """Images a step."""
+    """Images a step, of all processes together."""
     kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Length of the run in thousands of images (default: 1000)."""
     epochs: Annotated[Kimg, Field(gt=0, le=1e9)] = None
@@ -185,6 +186,10 @@ class TrainConfig(DataOptions, Source):
     """Compile the networks with their losses by torch.compile, where it has a compiler."""
     graph: bool = True
     """On an NVIDIA GPU, run each step as one CUDA graph."""
+    sync_bn: bool = False
+    """In several processes (torchrun), normalise by the statistics of the whole batch; without it
+    each process normalises its share by its own, and rank 0's running statistics are kept.
+    """
     kernels: Kernels = "auto"
     """Operators for batch norm + activation, image gather and Adam: fastgan's own (triton) or
     PyTorch's (torch); auto takes fastgan's on an NVIDIA GPU.
@@ -263,8 +268,30 @@ class TrainCommand(Flags, TrainConfig):
     """Continue a run from its newest checkpoint; auto takes the newest run in --out with this
     configuration.
     """
+    allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """With --resume, let this option differ from the run's though it changes what the run is; may
+    be given several times.
+    """
+    elastic: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --resume, go on in another number of processes: the same images in the same order, but
+    not the same bits.
+    """
+    exit_zero: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Exit with 0 instead of 143 or 138 when SIGTERM or SIGUSR1 stopped the run and it was saved:
+    for schedulers that take all else for a failure.
+    """
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the resolved configuration as TOML and stop."""
+
+    @model_validator(mode="after")
+    def _only_with_resume(self) -> Self:
+        if self.resume is None:
+            for key in ("allow_change", "elastic"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"{flag_of(key)} needs --resume: a new run has nothing to keep"
+                    )
+        return self
 
 
 class PrepareCommand(Flags, DataOptions):
@@ -363,6 +390,32 @@ def config_from(values: dict[str, Any], where: str) -> TrainConfig:
         return TrainConfig.model_validate_json(json.dumps(values, default=_date), strict=True)
     except ValidationError as error:
         raise UsageError(_explain(error, where, dash=False)) from None
+
+
+def recorded_config(values: dict[str, Any], where: str, version: object) -> TrainConfig:
+    """The configuration that a run or a checkpoint keeps, written by fastgan `version`.
+
+    Raises:
+        UsageError: something in it is wrong.
+        RunError: a newer fastgan wrote it, and this one does not understand it.
+    """
+    try:
+        return config_from(values, where)
+    except UsageError as error:
+        if not isinstance(version, str) or _release(version) <= _release(__version__):
+            raise
+        unknown = sorted(set(values) - set(TrainConfig.model_fields))
+        what = f"has options that it does not know ({', '.join(unknown)})" if unknown else ""
+        raise RunError(
+            f"{where}written by fastgan {version}; this is {__version__}, for which it "
+            f"{what or f'is not right ({error})'}: go on with {version} or newer"
+        ) from None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: 1.2.0 of 1.2.0rc1+local."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _date(value: Any) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Lines go to stdout, warnings to stderr, and both into every file opened with `log_to`. On a
 terminal the bar is drawn in place by rich; elsewhere (a pipe, a Slurm log) it is a plain line
-every few seconds.
+every few seconds. Of several processes rank 0 speaks (`speak_as`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -21,19 +22,32 @@ PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 
 _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
-_logs: list[TextIO] = []
+_logs: list[Path] = []
+_rank = 0
+
+
+def speak_as(rank: int) -> None:
+    """This process is one of several: only rank 0 says what all would say."""
+    global _rank
+    _rank = rank
 
 
 def say(line: str) -> None:
     """Print one line to stdout and to the open logs."""
-    _log(line)
-    _print(_out, sys.stdout, line)
+    if _rank == 0:
+        _log(line)
+        _print(_out, sys.stdout, line)
 
 
-def warn(line: str) -> None:
-    """Print `warning: line` to stderr and to the open logs."""
-    _log(f"warning: {line}")
-    _print(_err, sys.stderr, f"warning: {line}")
+def warn(line: str, own: bool = False) -> None:
+    """Print `warning: line` to stderr and to the open logs; from any rank if it is its `own`, which
+    no other one knows.
+    """
+    if _rank == 0:
+        _log(f"warning: {line}")
+        _print(_err, sys.stderr, f"warning: {line}")
+    elif own:
+        _print(_err, sys.stderr, f"warning: rank {_rank}: {line}")
 
 
 def _print(console: Console, stream: TextIO, line: str) -> None:
@@ -52,19 +66,26 @@ def _print(console: Console, stream: TextIO, line: str) -> None:
 
 
 def _log(line: str) -> None:
-    for log in _logs:
-        log.write(line + "\n")
-        log.flush()
+    for log in list(_logs):
+        try:
+            # opened for each line: nothing is held back that a full disk could hold up later
+            with open(log, "ab", buffering=0) as file:
+                file.write(f"{line}\n".encode(errors="backslashreplace"))
+        except OSError as error:
+            # it is on the screen, too; said once, or there would be two lines for each
+            _logs.remove(log)
+            warn(f"{log} cannot be written ({error.strerror}): going on without it")
 
 
 @contextmanager
-def log_to(file: TextIO) -> Iterator[None]:
-    """Copy every line said inside the block to `file`."""
-    _logs.append(file)
+def log_to(path: Path) -> Iterator[None]:
+    """Copy every line said inside the block to the end of a file."""
+    _logs.append(path)
     try:
         yield
     finally:
-        _logs.remove(file)
+        if path in _logs:
+            _logs.remove(path)
 
 
 class Bar:
@@ -76,7 +97,7 @@ class Bar:
         self.note = ""
         self._began = self._last = time.monotonic()
         self._rich: Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and _rank == 0:
             _out.file = sys.stdout
             self._rich = Progress(
                 TextColumn("{task.description}"),

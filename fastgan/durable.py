@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+SPARE_BYTES = 1 << 20  # what folders, small files and the run's own log take beside what is counted
 
 
 @contextmanager
@@ -35,6 +40,20 @@ def write_flushed(path: Path, content: bytes) -> None:
         flush(file)
 
 
+def write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a new file piece by piece, wait until it is on the disk, and return its bytes and its
+    SHA-256.
+    """
+    digest, count = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+            count += len(piece)
+        flush(file)
+    return count, digest.hexdigest()
+
+
 def flush(file: IO[Any]) -> None:
     """Wait until what was written to `file` is on the disk."""
     file.flush()
@@ -49,3 +68,21 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def check_space(folder: Path, count: int) -> None:
+    """Whether `count` bytes and some more fit onto the disk of `folder`.
+
+    Raises:
+        OSError: ENOSPC, with both numbers.
+    """
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:  # a file system that does not say
+        return
+    if disk.total and disk.free < count + SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: {count / 1e6:,.1f} MB are to be written, and "
+            f"{disk.free / 1e6:,.1f} MB are free",
+        )

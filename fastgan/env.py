@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,3 +179,20 @@ def machine_line(device: torch.device) -> str:
         card = torch.cuda.get_device_properties(device)
         return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return f"CPU ({cpu_name()}, {cores()} cores)"
+
+
+def memory_line(device: torch.device) -> str:
+    """The most memory that was in use on the device so far, in words."""
+    import torch
+
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"with {peak / 1e9:,.1f} of {total / 1e9:,.1f} GB in use at most"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "on the CPU"
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"with {peak / 1e9:,.1f} GB in use at most"

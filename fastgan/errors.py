@@ -1,13 +1,23 @@
 """The two errors a user meets. The command line turns them into one line and an exit code."""
 
 
-class UsageError(Exception):
+class FastganError(Exception):
+    """A message for the user. `everywhere`: all processes of a run raise it, and rank 0 alone tells
+    it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class UsageError(FastganError):
     """A flag, recipe or path that the user can mend. The message names it, its rule and its value
     (exit 2).
     """
 
 
-class RunError(Exception):
+class RunError(FastganError):
     """Work that started rightly and could not be finished: a damaged file, a full disk (exit 1)."""
 
 

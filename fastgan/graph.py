@@ -78,7 +78,8 @@ class Graphed:
         gc.collect()  # nothing is freed in the middle, and what the warm-up left makes room
         failed: list[BaseException] = []
         try:
-            with torch.cuda.graph(self._graph, stream=side):
+            # other threads may go on asking the GPU things meanwhile, as NCCL's does
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 # an error here makes the end of the capture fail, too, which would hide it
                 self._result = _noting(failed, advance, self._batch)
         except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -37,42 +36,46 @@ def low_copy(network: Network, dtype: torch.dtype) -> Network:
 class LossScale:
     """The scale of float16's losses: torch.amp.GradScaler's rule without its branches on the host,
     so that a captured step follows it too. Disabled, it does nothing.
+
+    Attributes:
+        scale: 0-d float32.
+        skipped: 0-d int64, steps that an optimizer has skipped for an overflow.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self.enabled = enabled
         self.scale = torch.full((), SCALE if enabled else 1.0, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         # without an overflow, since the last change
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
-        self._one = torch.ones((), device=device)
-        self._overflows: list[Tensor] = []  # of this step
+        self._skips: list[Tensor] = []  # of this step
 
     def __call__(self, loss: Tensor) -> Tensor:
         """The loss to go backward from."""
         return loss * self.scale if self.enabled else loss
 
-    def check(self, grads: Sequence[Tensor]) -> Tensor | None:
-        """1 where a gradient is not finite, and its optimizer has to skip the step, else 0: 0-d
-        float32. None when disabled. One more pass over the gradients, which float16 alone pays.
+    def note(self, skipped: Tensor) -> None:
+        """That an optimizer has skipped its step (1) or not (0), 0-d float32."""
+        if self.enabled:
+            self._skips.append(skipped)
+
+    def update(self, frozen: Tensor) -> None:
+        """After both optimizers: halve after an overflow, double after 2,000 steps without; stay
+        where `frozen` (0-d, 1 or 0) is not 0.
         """
         if not self.enabled:
-            return None
-        found = torch.zeros_like(self.scale)
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for g in grads:
-            by_dtype.setdefault(g.dtype, []).append(g)
-        for same in by_dtype.values():
-            torch._amp_foreach_non_finite_check_and_unscale_(same, found, self._one)
-        self._overflows.append(found)
-        return found
-
-    def update(self) -> None:
-        """After both optimizers: halve after an overflow, double after 2,000 steps without."""
-        if self.enabled:
-            found = torch.stack(self._overflows).amax()
-            torch._amp_update_scale_(self.scale, self._good_steps, found, GROWTH, BACKOFF, INTERVAL)
-            self._overflows.clear()
+            return
+        found = torch.stack(self._skips).amax()
+        self._skips.clear()
+        state = (self.scale, self._good_steps)
+        before = [t.clone() for t in state]
+        torch._amp_update_scale_(*state, found, GROWTH, BACKOFF, INTERVAL)
+        for t, was in zip(state, before, strict=True):
+            t.copy_(torch.where(frozen > 0, was, t))
+        self.skipped += ((found > 0) & (frozen == 0)).to(self.skipped.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        return {"scale": self.scale, "good_steps": self._good_steps} if self.enabled else {}
+        if not self.enabled:
+            return {}
+        return {"scale": self.scale, "good_steps": self._good_steps, "skipped": self.skipped}

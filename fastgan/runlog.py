@@ -8,6 +8,7 @@ runs/00003-faces-64px-b128-s999/
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -59,8 +60,11 @@ class Run:
         return cls(path)
 
     def write(self, name: str, values: dict[str, Any]) -> None:
-        """Replace a JSON file of the run in one piece."""
-        replace_file(self.path / name, (json.dumps(values, indent=1) + "\n").encode())
+        """Replace a JSON file of the run in one piece; a number that is not finite, which JSON
+        knows nothing of, becomes its name.
+        """
+        text = json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
+        replace_file(self.path / name, text.encode())
 
     def status(self, status: str, step: int, images: int) -> None:
         """Record where the run stands: running, done, preempted or failed."""
@@ -69,6 +73,16 @@ class Run:
     def close(self) -> None:
         """Let go of the lock."""
         self._lock.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def data_name(source: str) -> str:

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 from . import console
 from .checkpoint import Checkpoint, find, under
-from .config import PixelRange, SampleCommand, config_from
+from .config import PixelRange, SampleCommand, recorded_config
 from .durable import beside
 from .errors import RunError, UsageError
 from .models import Generator
@@ -80,7 +80,9 @@ def load_generator(checkpoint: Checkpoint, ema: bool, device: torch.device) -> G
     The averaged generator has batch-norm statistics of its own, averaged with its weights
     (`optim.Ema`).
     """
-    config = config_from(checkpoint.meta["config"], f"{checkpoint.path}: ")
+    meta = checkpoint.meta
+    where = f"checkpoint {checkpoint.path}: "
+    config = recorded_config(meta["config"], where, meta.get("fastgan"))
     impl, _ = pick_kernels("auto", device)
     generator = Generator(config.size, config.latent, config.width, config.pixel_range, impl)
     saved = under(checkpoint.tensors("model"), "ema." if ema else "g.")

@@ -1,19 +1,30 @@
-"""SIGINT, SIGTERM, SIGHUP: exceptions where nothing is to be saved, notes in the training loop."""
+"""The signals that end a run: exceptions where nothing is to be saved, notes in the training loop.
+
+SIGINT is Ctrl-C, SIGHUP a closed terminal, SIGTERM what schedulers and containers send, SIGUSR1
+what Slurm is asked to send some time before it (`--signal=USR1@120`).
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1")
+TERMINATING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# Launchers, process groups and terminals hand on one signal several times over: for so long after
+# the first another one is the same. Nobody types twice what schedulers send.
+SAME_S = {True: 1.0, False: 5.0}  # Ctrl-C, the others
+
+_raised: list[int] = []  # by `terminable`, which an import or a callback may have swallowed
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP, raised like KeyboardInterrupt so that `finally` blocks clean up."""
+    """One of `TERMINATING`, raised like KeyboardInterrupt so that `finally` blocks clean up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -22,26 +33,36 @@ class Terminated(BaseException):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP inside the block raise `Terminated`."""
+    """`TERMINATING` inside the block raise `Terminated`."""
 
     def terminate(number: int, _frame: FrameType | None) -> None:
+        _raised.append(number)
         raise Terminated(number)
 
     with _handlers(dict.fromkeys(TERMINATING, terminate)):
-        yield
+        try:
+            yield
+        finally:
+            _raised.clear()
 
 
 @contextmanager
 def noted() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP inside the block go into its list; a second Ctrl-C raises.
+    """Ctrl-C and `TERMINATING` inside the block go into its list, where the first one is the one to
+    end by; a second one, SAME_S or more after it, raises.
 
-    A second SIGTERM does not: launchers send it more than once, and the save is under way.
+    One that was raised before, and has ended nothing, is in the list from the start.
     """
-    caught: list[int] = []
+    caught: list[int] = list(_raised)
+    first = time.monotonic()
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        nonlocal first
+        typed = number == signal.SIGINT
+        if caught and time.monotonic() - first >= SAME_S[typed]:
+            raise KeyboardInterrupt if typed else Terminated(number)
+        if not caught:
+            first = time.monotonic()
         caught.append(number)
 
     with _handlers(dict.fromkeys([signal.SIGINT, *TERMINATING], note)):

@@ -12,29 +12,55 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgan_kernels import tally
+
 from .durable import replace_file
 from .step import StepStats
 
+RECENT = 50  # steps whose statistics are kept one by one
 COLUMNS = ("step", "kimg", *StepStats._fields)  # of losses.npy
 
 
 class Accumulator:
-    """Sums of the step's statistics since the last tick and the count of steps, on the device:
-    adding to them can be part of a captured step.
+    """Sums of the step's statistics since the last tick and the count of steps, and the last steps
+    one by one, on the device: adding to them can be part of a captured step.
+
+    Attributes:
+        sums: float64 [fields + 1], of `StepStats`'s fields and of 1.
+        recent: float64 [RECENT, fields + 1], a ring of the last steps.
+        count: 0-d int64, the steps that have gone into it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(StepStats._fields) + 1, dtype=torch.float64, device=device)
-        self._one = torch.ones((), device=device)
+    def __init__(self, device: torch.device, impl: str = "auto") -> None:
+        """`impl`: `tally`'s."""
+        width = len(StepStats._fields) + 1
+        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self.recent = torch.zeros(RECENT, width, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self._impl = impl
 
-    def add(self, stats: StepStats) -> None:
-        self.sums += torch.stack([*stats, self._one])
+    def add(self, stats: StepStats, frozen: torch.Tensor) -> None:
+        """One step, which is the `frozen`th (0-d) of those that changed nothing; 0: it is none."""
+        tally(stats, frozen, self.sums, self.recent, self.count, impl=self._impl)
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and start anew. This is the one host sync of a tick."""
         *sums, count = self.sums.tolist()
         self.sums.zero_()
         return dict(zip(StepStats._fields, (s / max(count, 1) for s in sums), strict=True))
+
+    def last(self, step: int) -> list[dict[str, float]]:
+        """The last steps up to number `step`, one row each."""
+        rows, count = self.recent.tolist(), int(self.count)
+        names, kept = ("step", *StepStats._fields), min(count, RECENT)
+        return [
+            dict(zip(names, (step - back, *rows[(count - 1 - back) % RECENT][:-1]), strict=True))
+            for back in reversed(range(kept))
+        ]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        return {"sums": self.sums, "recent": self.recent, "steps": self.count}
 
 
 class StatsLog:
@@ -46,25 +72,39 @@ class StatsLog:
         """Opens the log of a run, without the lines after `up_to_step`: those will come again."""
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
+        self._whole = False  # whether the file is what `rows` is
         path = folder / "stats.jsonl"
         if path.exists():
             self.rows = [row for row in _read_rows(path) if row["step"] <= up_to_step]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        replace_file(path, text.encode())
+        self._write_rows()
         replace_file(folder / "losses.json", (json.dumps(list(COLUMNS)) + "\n").encode())
         self._write_losses()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one tick."""
+        """Append one tick.
+
+        Raises:
+            OSError: it could not be written; the next call writes it, too.
+        """
         self.rows.append(row)
-        with open(self.folder / "stats.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self._whole:
+            self._whole = False  # until this line is there, too
+            with open(self.folder / "stats.jsonl", "ab", buffering=0) as file:
+                line = (json.dumps(row) + "\n").encode()
+                self._whole = file.write(line) == len(line)
+        if not self._whole:
+            self._write_rows()
         self._write_losses()
 
     def losses(self) -> np.ndarray:
         """float32 [ticks, columns]."""
         table = [[row[name] for name in COLUMNS] for row in self.rows]
         return np.array(table, np.float32).reshape(len(self.rows), len(COLUMNS))
+
+    def _write_rows(self) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        replace_file(self.folder / "stats.jsonl", text.encode())
+        self._whole = True
 
     def _write_losses(self) -> None:
         content = io.BytesIO()

@@ -11,6 +11,10 @@ In mixed precision the networks' working copies compute (`optim.Trained`): weigh
 step, by Adam, and not in every pass. Every operation is on the device and of a fixed shape, and
 whatever changes from step to step is a tensor: the whole of it can be captured as a CUDA graph
 (`graph.py`).
+
+Of several processes each takes its share of the batch: all draw the whole batch's latents and flips
+and use their rows, and each network's gradients are averaged before its Adam (`distributed.py`). A
+step with numbers that are not finite changes nothing (`health.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgan_kernels import gather_u8
+from fastgan_kernels import BatchNormAct2d, gather_u8
 
 from .compiling import compiled
 from .config import PixelRange
 from .data.feed import Batch
+from .distributed import Mean, Ranks, sum_over_ranks
+from .health import Health
 from .losses import d_non_saturating, g_non_saturating, widen
 from .models import Discriminator, Generator
 from .optim import Ema, Trained
@@ -52,14 +58,17 @@ class Step:
     Args:
         g, d: the networks with what trains them, in training mode.
         ema: the averaged generator that G's Adam moves; None for none.
-        batch: images a step, B.
+        batch: images a step, B, of all ranks together.
         random: the generator that latents are drawn from, on the networks' device.
         flip: mirror each real image left to right with probability 1/2.
         one_pass: real and fake through D together; False for two passes, which is the same
             function.
         compile: compile the three passes (G, D's objective, G's objective) with torch.compile. A
             graph break or a reached recompile limit is then an error of torch._dynamo.
-        impl: the image gather's, "triton" or "torch"; networks and optimizers have their own.
+        impl: the image gather's and the watch's, "triton" or "torch"; networks and optimizers have
+            their own.
+        ranks: the processes that share the batch.
+        sync_bn: batch norm over the whole batch, not over each rank's share.
     """
 
     def __init__(
@@ -75,6 +84,8 @@ class Step:
         one_pass: bool = True,
         compile: bool = False,
         impl: str = "auto",
+        ranks: Ranks | None = None,
+        sync_bn: bool = False,
     ) -> None:
         weight = next(g.working.parameters())
         self.g, self.d, self.ema = g, d, ema
@@ -85,13 +96,30 @@ class Step:
         kept = next(g.network.parameters()).dtype
         self.latents = torch.empty(batch, g.network.latent, dtype=kept, device=self.device)
         self.flips = torch.empty(batch, device=self.device) if flip else None
-        self._z = self.latents if kept == self.dtype else self._aligned(self.latents.shape)
+        self.ranks = ranks = ranks or Ranks()
+        share = batch // ranks.world
+        self._share = slice(ranks.rank * share, (ranks.rank + 1) * share)  # of the whole batch
+        mine = self.latents[self._share]
+        self._z = mine if kept == self.dtype else self._aligned(mine.shape)
+        self.health = Health({"d": d, "g": g}, self.scale, impl)
+        # what comes along: D's loss, D(x) and D(G(z)); G's loss
+        leaves = {"d": (d.adam.leaves(), 3), "g": (g.adam.leaves(), 1)}
+        shared = leaves.items() if ranks.world > 1 else ()
+        self._means = {name: Mean(ranks, *which) for name, which in shared}
+        if sync_bn and ranks.world > 1:
+            for network in (g.network, d.network):  # the working copies have the same batch norms
+                for module in network.modules():
+                    if isinstance(module, BatchNormAct2d):
+                        module.reduce = sum_over_ranks
         if compile:
             for part in ("_make", "_judge", "_fool"):
                 setattr(self, part, compiled(getattr(self, part)))
 
     def __call__(self, batch: Batch) -> StepStats:
-        """Update D, then G, on `batch` (B images of the resident set) and fresh latents."""
+        """Update D, then G, on `batch` (this rank's share of B images of the resident set) and
+        fresh latents.
+        """
+        self.health.begin()
         real = gather_u8(
             batch.images,
             batch.index,
@@ -101,12 +129,13 @@ class Step:
             impl=self.impl,
         )
         self.draw_latents()
-        if self._z is not self.latents:
-            self._z.copy_(self.latents)
-        fake = self._make(self._z)
+        mine = self.latents[self._share]
+        if self.dtype != mine.dtype:
+            mine = self._z.copy_(mine)
+        fake = self._make(mine)
         d_loss, d_real, d_fake = self._update_d(real, fake.detach())
         g_loss = self._update_g(fake)
-        self.scale.update()
+        self.scale.update(self.health.bad)
         if self.ema is not None:
             self.ema.copy_counts()
         return StepStats(d_loss, g_loss, d_real, d_fake)
@@ -116,15 +145,16 @@ class Step:
         self.latents.normal_(generator=self.random)
 
     def _draw_flips(self) -> Tensor | None:
-        """bool [B], which images to mirror."""
+        """bool [share], which images to mirror."""
         if self.flips is None:
             return None
-        return self.flips.uniform_(generator=self.random) < 0.5
+        return self.flips.uniform_(generator=self.random)[self._share] < 0.5
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes and a later one reads."""
         average = self.ema.tensors() if self.ema is not None else []
-        return [*self.g.tensors(), *self.d.tensors(), *average, *self.scale.tensors().values()]
+        watched = [*self.scale.tensors().values(), *self.health.tensors()]
+        return [*self.g.tensors(), *self.d.tensors(), *average, *watched]
 
     # The three passes, each a function of tensors alone: what --compile compiles.
 
@@ -147,27 +177,34 @@ class Step:
     def _logits(self, images: Tensor, groups: int) -> Tensor:
         return self.d.working(images, groups)
 
-    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
         loss, d_real, d_fake = self._judge(real, fake)
-        self._descend(loss, self.d)
-        return loss.detach(), d_real, d_fake
+        return self._descend(loss, "d", self.d, d_real, d_fake)
 
     def _update_g(self, fake: Tensor) -> Tensor:
         with frozen(self.d.working):
             loss = self._fool(fake)
-        self._descend(loss, self.g)
-        return loss.detach()
+        return self._descend(loss, "g", self.g)[0]
 
-    def _descend(self, loss: Tensor, side: Trained[Any]) -> None:
+    def _descend(
+        self, loss: Tensor, name: str, side: Trained[Any], *numbers: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One update of a network; returns loss and numbers, of the whole batch."""
         leaves = side.adam.leaves()
         # not backward(), which may copy a gradient to accumulate it, and on a stream of its own
         grads = torch.autograd.grad(self.scale(loss), leaves)
+        numbers = (loss.detach(), *numbers)
+        if self._means:
+            numbers = self._means[name](grads, numbers)
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad
+        side.adam.found_inf = self.health.check(name, numbers[0], grads)
+        if side is self.g:
+            self.health.end()  # before Adam moves the average, of running statistics, too
         if self.scale.enabled:
             side.adam.grad_scale = self.scale.scale
-            side.adam.found_inf = self.scale.check(side.adam.gradients())
         side.adam.step()
+        return numbers
 
     def _aligned(self, shape: torch.Size) -> Tensor:
         """[B, latent] in the working type, each row beginning on 16 bytes."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.data.feed import Batch
+from fastgan.distributed import Ranks
 from fastgan.graph import Graphed
 from fastgan.models import Discriminator, Generator
 from fastgan.optim import MOMENTS, Ema, Trained
@@ -55,6 +56,12 @@ def batches(case: Case, steps: int = STEPS, device: str = "cpu") -> Iterator[Bat
         yield Batch(everything, index.to(device))
 
 
+def share(ranks: Ranks, batch: Batch) -> Batch:
+    """A rank's part of a batch of all."""
+    count = len(batch.index) // ranks.world
+    return Batch(batch.images, batch.index[ranks.rank * count :][:count])
+
+
 def as_reference(batch: Batch, dtype: torch.dtype) -> Tensor:
     """A batch as the tutorial's transforms give it: ToTensor, then Normalize(0.5, 0.5)."""
     return (
@@ -81,6 +88,8 @@ def make_step(
     impl: str = "torch",
     with_ema: bool = False,
     flip: bool = False,
+    ranks: Ranks | None = None,
+    sync_bn: bool = False,
 ) -> Step:
     """The fast step, its latents seeded as the reference's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -101,6 +110,8 @@ def make_step(
         one_pass=one_pass,
         compile=compile,
         impl=impl,
+        ranks=ranks,
+        sync_bn=sync_bn,
     )
 
 
@@ -133,16 +144,18 @@ def relative(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / scale.double().norm().clamp_min(1e-300))
 
 
-def float64_distance(step: Step, case: Case) -> dict[str, float]:
-    """After 20 float64 steps: L2(difference) / L2(update) of every weight and running statistic."""
+def float64_distance(step: Step, case: Case, steps: int = STEPS) -> dict[str, float]:
+    """After float64 steps: L2(difference) / L2(update) of every weight and running statistic. Of
+    several ranks, each takes its share.
+    """
     reference = make_reference(case, step.device)
     load(step, reference)
     sides = {"g": (step.g.network, reference.netG), "d": (step.d.network, reference.netD)}
     start = {
         f"{side}.{name}": t.clone() for side, pair in sides.items() for name, _, t in pairs(*pair)
     }
-    for batch in batches(case, device=step.device.type):
-        step(batch)
+    for batch in batches(case, steps, step.device.type):
+        step(share(step.ranks, batch))
         reference.step(as_reference(batch, torch.float64))
     return {
         f"{side}.{name}": relative(mine, yours, yours - start[f"{side}.{name}"])
@@ -168,7 +181,7 @@ class Errors:
 
 def teacher_forced(step: Step, case: Case, steps: int = STEPS, graphed: bool = False) -> Errors:
     """One step at a time from the reference's float64 state, as a CUDA graph if `graphed`; what
-    differs in each.
+    differs in each. Of several ranks, each takes its share and has the whole reference.
 
     Kinds: `d_grad`, `g_grad`: L2(difference) / L2(gradient) over a network, as Adam gets the
     gradients; `mean`, `var`: the largest difference of a running mean in running standard
@@ -190,7 +203,7 @@ def teacher_forced(step: Step, case: Case, steps: int = STEPS, graphed: bool = F
     errors = Errors()
     for batch in batches(case, steps, step.device.type):
         load(step, reference)
-        got = advance(batch)
+        got = advance(share(step.ranks, batch))
         expected = reference.step(as_reference(batch, torch.float64))
         # ours stay as Adam got them until the next step; D's get nothing while G is updated
         for kind, side, yours in (("d_grad", step.d, theirs[0]()), ("g_grad", step.g, theirs[1]())):

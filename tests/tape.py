@@ -48,7 +48,7 @@ class Tape(TorchDispatchMode):
 
 
 @contextmanager
-def capturing(graph, stream):
+def capturing(graph, stream, capture_error_mode):
     with graph:
         yield
 

@@ -1,9 +1,12 @@
 """Checkpoints: complete or absent, and no damage goes unseen."""
 
+import errno
 import json
 import os
+import shutil
 import stat
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,18 +14,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgan import checkpoint
+from fastgan import checkpoint, durable, formats
 from fastgan.errors import RunError, UsageError
 
 PARTS = {
     "model": {
         "g.a": torch.randn(3, 4, 4, 4).to(memory_format=torch.channels_last),
         "d.b": torch.arange(5, dtype=torch.int64),
+        "d.c": torch.randn(3, 1, 4).to(torch.bfloat16),
+        "d.d": torch.empty(0, 2),
+        "d.e": torch.tensor([True, False]),
+        "d.name": torch.tensor(7, dtype=torch.int32),
     },
     "optim": {"g.a.step": torch.tensor(3.0), "g.a.exp_avg": torch.randn(7, dtype=torch.float64)},
     "state": {"random.latents": torch.Generator().get_state()},
 }
-META = {"step": 7, "device": "cpu", "feed": {}, "data": {}, "config": {}}
+META = {"step": 7, "world": 1, "device": "cpu", "feed": {}, "data": {}, "config": {}}
 FILES = ["model.safetensors", "optim.safetensors", "state.safetensors", "meta.json"]
 
 
@@ -90,45 +97,90 @@ def test_one_flipped_bit_is_seen(run, name, where):
         checkpoint.open_checkpoint(path.parent)
 
 
-def test_another_format_version_says_so(run):
+def test_any_flipped_bit_of_the_record_is_seen(run, capsys):
+    """Also one that makes another right number, or another format version, of it."""
     path = run / "checkpoints" / "000002.500kimg" / "meta.json"
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"format_version": 99}))
-    with pytest.raises(RunError, match="has format 99, this fastgan reads 2"):
+    content, right = path.read_bytes(), json.loads(path.read_text())
+    passed = []
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        if checkpoint.looks_whole(path.parent):
+            passed.append(json.loads(damaged))
+    assert all(meta == right for meta in passed)  # 1e-05 as 1E-05
+    assert len(passed) < 10
+    path.write_bytes(content.replace(b'"format_version": 3', b'"format_version": 2'))
+    with pytest.raises(RunError, match="damaged: meta.json does not have its recorded SHA-256"):
+        checkpoint.open_checkpoint(path.parent)
+    assert checkpoint.newest(run).path.name == "000001.000kimg"
+
+
+@pytest.mark.parametrize(("one", "other"), [FILES[:2], FILES[1:3], FILES[2:]])
+def test_two_files_swapped_are_seen(run, one, other):
+    folder = run / "checkpoints" / "000002.500kimg"
+    (folder / one).rename(folder / "third")
+    (folder / other).rename(folder / one)
+    (folder / "third").rename(folder / other)
+    with pytest.raises(RunError, match=f"000002.500kimg.*({one}|{other})"):
+        checkpoint.open_checkpoint(folder)
+    assert checkpoint.newest(run).path.name == "000001.000kimg"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_checkpoint_is_seen(tmp_path, name):
+    for images in (1000, 2000):  # of the same size, each
+        parts = {part: {"x": torch.randn(100)} for part in PARTS}
+        checkpoint.save(tmp_path / "checkpoints", images, parts, {**META, "step": images})
+    old, new = (tmp_path / "checkpoints" / f"00000{i}.000kimg" for i in (1, 2))
+    (old / name).replace(new / name)
+    with pytest.raises(RunError, match="000002.000kimg is (damaged|another one)"):
+        checkpoint.open_checkpoint(new)
+
+
+def test_a_checkpoint_under_anothers_name_is_seen(run):
+    path = run / "checkpoints" / "000002.500kimg"
+    with pytest.raises(RunError, match="is another one: meta.json is of 2,500 images"):
+        checkpoint.open_checkpoint(path.rename(path.with_name("000004.000kimg")))
+    taken_out = (run / "checkpoints" / "000004.000kimg").rename(run / "mine")
+    assert checkpoint.find(taken_out).meta["images"] == 2500
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"meta"', "null", "{}", "[" * 100_000])
+def test_a_record_that_is_none_is_named_and_passed_over(run, text, capsys):
+    path = run / "checkpoints" / "000002.500kimg" / "meta.json"
+    path.write_text(text)
+    with pytest.raises(RunError, match="000002.500kimg.*meta.json cannot be read"):
+        checkpoint.open_checkpoint(path.parent)
+    assert checkpoint.newest(run).path.name == "000001.000kimg"
+    assert not checkpoint.looks_whole(path.parent)
+
+
+def rewrite(path, change):
+    """Change a meta.json, digest and all."""
+    meta = json.loads(path.read_text()) | change
+    meta = {k: v for k, v in meta.items() if v is not None}
+    path.write_text(json.dumps(checkpoint.sealed(meta)))
+
+
+def test_a_newer_format_version_says_so(run):
+    path = run / "checkpoints" / "000002.500kimg" / "meta.json"
+    rewrite(path, {"format_version": 99})
+    with pytest.raises(RunError, match="has format 99, this fastgan reads 1 to 3"):
         checkpoint.open_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-@pytest.mark.parametrize("at", range(6))
-def test_a_failure_at_any_point_of_a_save_leaves_the_ones_before(run, monkeypatch, call, at):
-    counts = {"left": at}
-
-    def failing(real):
-        def wrapped(*args, **kwargs):
-            counts["left"] -= 1
-            if counts["left"] == -1:
-                raise OSError(28, "No space left on device")
-            return real(*args, **kwargs)
-
-        return wrapped
-
-    if call == "write":
-        monkeypatch.setattr(checkpoint, "write_flushed", failing(checkpoint.write_flushed))
-    else:
-        monkeypatch.setattr(os, call, failing(getattr(os, call)))
-    failed = False
-    try:
-        checkpoint.save(run / "checkpoints", 9000, PARTS, META)
-    except OSError:
-        failed = True
-    monkeypatch.undo()
-    # three parts and the record are written, each flushed; not every file system flushes folders
-    assert failed == (at < {"write": 4, "fsync": 4, "rename": 1}[call])
-    names = {p.name for p in (run / "checkpoints").iterdir()}
-    assert {"000001.000kimg", "000002.500kimg"} <= names
-    assert not [n for n in names if n.startswith(".")]  # nothing half-written stays
-    for path in checkpoint.checkpoints(run):
-        checkpoint.open_checkpoint(path)  # what is there is whole
+def test_an_older_format_needs_no_digest_of_its_record_and_is_brought_up(run):
+    path = run / "checkpoints" / "000002.500kimg" / "meta.json"
+    old = json.loads(path.read_text()) | {"format_version": 2}
+    for key in ("sha256", "world"):
+        del old[key]
+    path.write_text(json.dumps(old))
+    found = checkpoint.open_checkpoint(path.parent)
+    assert found.meta["world"] == 1 and found.meta["format_version"] == formats.VERSION
+    assert "stats.recent" in found.tensors("state")
+    assert found.tensors("model").keys() == PARTS["model"].keys()
+    assert checkpoint.looks_whole(path.parent)
 
 
 def test_a_killed_saves_leftover_is_no_checkpoint_and_is_swept(run):
@@ -147,10 +199,124 @@ def test_saving_a_step_twice_keeps_the_first(run):
     assert path.read_bytes() == before
 
 
-def test_prune_keeps_the_newest(run):
+def place(run, images):
+    return run / "checkpoints" / checkpoint.kimg_name(images)
+
+
+def names(run):
+    return [int(1000 * float(p.name.removesuffix("kimg"))) for p in checkpoint.checkpoints(run)]
+
+
+@pytest.fixture
+def five(tmp_path):
+    for images in (1000, 2000, 3000, 4000, 5000):
+        checkpoint.save(tmp_path / "checkpoints", images, PARTS, META)
+    return tmp_path
+
+
+def test_prune_keeps_the_newest(five):
+    assert checkpoint.prune(five, 2) == []
+    assert names(five) == [4000, 5000]
+    assert len(list((five / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prune_deletes_no_whole_checkpoint_in_favour_of_a_damaged_one(five, name):
+    path = place(five, 5000) / name
+    path.write_bytes(path.read_bytes()[:-2])
+    checkpoint.prune(five, 2)
+    assert names(five) == [3000, 4000, 5000]
+    (place(five, 3000) / name).unlink()
+    (place(five, 4000) / name).unlink()
+    checkpoint.prune(five, 2)  # fewer are whole than should stay: all do
+    assert names(five) == [3000, 4000, 5000]
+
+
+def test_the_best_is_never_pruned(five):
+    assert checkpoint.best(five) is None
+    checkpoint.mark_best(five, place(five, 2000), "swd", 8.25)
+    text = json.loads((five / "best.json").read_text())
+    assert text == {"checkpoint": "000002.000kimg", "metric": "swd", "value": 8.25}
+    checkpoint.prune(five, 2)
+    assert names(five) == [2000, 4000, 5000]
+    assert checkpoint.best(five) == place(five, 2000)
+    checkpoint.mark_best(five, place(five, 5000), "swd", 8.0)
+    checkpoint.prune(five, 2)
+    assert names(five) == [4000, 5000]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"checkpoint": 3}', '{"checkpoint": "../../x"}'])
+def test_a_wrong_best_is_none(five, text):
+    (five / "best.json").write_text(text)
+    assert checkpoint.best(five) is None
+    checkpoint.prune(five, 4)
+    assert names(five) == [2000, 3000, 4000, 5000]
+
+
+def test_the_best_is_none_when_its_checkpoint_is_gone_or_damaged(five):
+    checkpoint.mark_best(five, place(five, 2000), "swd", 8.25)
+    (place(five, 2000) / "meta.json").unlink()
+    assert checkpoint.best(five) is None
+    shutil.rmtree(place(five, 2000))
+    assert checkpoint.best(five) is None
+
+
+def test_while_the_best_cannot_be_read_nothing_is_pruned(five, monkeypatch):
+    checkpoint.mark_best(five, place(five, 1000), "swd", 8.25)
+    read_text = Path.read_text
+
+    def failing(path, *args):
+        if path.name == "best.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_text(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    failed = checkpoint.prune(five, 2)
+    assert [path.name for path, _ in failed] == [
+        checkpoint.kimg_name(i) for i in (3000, 2000, 1000)
+    ]
+    assert names(five) == [1000, 2000, 3000, 4000, 5000] and checkpoint.best(five) is None
+
+
+def test_a_best_that_is_set_aside_is_the_best_no_longer(five):
+    """Another checkpoint comes by its name."""
+    checkpoint.mark_best(five, place(five, 2000), "swd", 8.25)
+    checkpoint.set_aside_newer(five, 3000)
+    assert checkpoint.best(five) == place(five, 2000) and names(five) == [1000, 2000, 3000]
+    checkpoint.set_aside_newer(five, 1000)
+    assert checkpoint.best(five) is None and not (five / "best.json").exists()
+
+
+def test_what_cannot_be_deleted_is_told_and_the_others_are_deleted(five, monkeypatch):
+    rename = os.rename
+
+    def refused(path, *args):
+        if "000002" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(path, *args)
+
+    monkeypatch.setattr(os, "rename", refused)
+    ((path, error),) = checkpoint.prune(five, 2)
+    assert path == place(five, 2000) and isinstance(error, PermissionError)
+    assert names(five) == [2000, 4000, 5000]
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(run, monkeypatch):
+    usage = shutil.disk_usage(run)
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=durable.SPARE_BYTES + 1000)
+    )
+    with pytest.raises(OSError, match="MB are to be written, and 1.0 MB are free") as caught:
+        checkpoint.save(run / "checkpoints", 9000, PARTS, META)
+    assert caught.value.errno == errno.ENOSPC and sorted(run.rglob("*")) == before
+    sizes = [(place(run, 2500) / name).stat().st_size for name in FILES[:3]]
+    free = durable.SPARE_BYTES + sum(sizes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free - 1))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(run / "checkpoints", 9000, PARTS, META)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     checkpoint.save(run / "checkpoints", 9000, PARTS, META)
-    checkpoint.prune(run, 2)
-    assert [p.name for p in checkpoint.checkpoints(run)] == ["000002.500kimg", "000009.000kimg"]
 
 
 def test_find_takes_a_run_or_a_checkpoint(run, tmp_path_factory):
@@ -163,14 +329,12 @@ def test_find_takes_a_run_or_a_checkpoint(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("step", None), ("step", "x"), ("data", 3), ("feed", None), ("config", [])]
+    ("key", "value"),
+    [("step", None), ("step", "x"), ("world", "2"), ("data", 3), ("feed", None), ("config", [])],
 )
 def test_a_record_without_what_belongs_there_is_damaged(run, key, value, capsys):
     path = run / "checkpoints" / "000002.500kimg" / "meta.json"
-    meta = json.loads(path.read_text()) | {key: value}
-    if value is None:
-        del meta[key]
-    path.write_text(json.dumps(meta))
+    rewrite(path, {key: value})
     with pytest.raises(RunError, match=f"is damaged: meta.json has no right {key}"):
         checkpoint.open_checkpoint(path.parent)
     assert checkpoint.newest(run).path.name == "000001.000kimg"
@@ -185,3 +349,27 @@ def test_other_folders_among_the_checkpoints_are_let_be(run):
 def test_a_checkpoint_that_is_gone_names_those_that_are_there(run):
     with pytest.raises(UsageError, match="there are 000001.000kimg, 000002.500kimg"):
         checkpoint.find(run / "checkpoints" / "000009.000kimg")
+
+
+def test_tensors_in_one_memory_are_kept_under_each_name(tmp_path):
+    step, rows = torch.tensor(3.0), torch.randn(6, 5)
+    model = {"a.step": step, "b.step": step, "rows": rows[2:4], "columns": rows[:, 1], "all": rows}
+    checkpoint.save(tmp_path, 1000, PARTS | {"model": model}, META)
+    read = checkpoint.open_checkpoint(tmp_path / "000001.000kimg").tensors("model")
+    assert all(torch.equal(read[name], t) for name, t in model.items())
+
+
+def test_a_part_is_not_copied_to_be_written(tmp_path):
+    model = {"g.large": torch.randn(1 << 22), "g.more": torch.randn(1 << 22)}
+    tracemalloc.start()
+    checkpoint.save(tmp_path, 1000, PARTS | {"model": model}, META)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6  # and each of the two has 16.8 million bytes
+
+
+def test_a_tensor_that_the_format_does_not_have_is_named(tmp_path):
+    model = {"g.wave": torch.zeros(3, dtype=torch.complex64)}
+    with pytest.raises(TypeError, match="g.wave is torch.complex64"):
+        checkpoint.save(tmp_path, 1000, PARTS | {"model": model}, META)
+    assert list(tmp_path.iterdir()) == []

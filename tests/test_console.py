@@ -6,8 +6,8 @@ import sys
 from fastgan import console
 
 
-def test_lines_go_to_the_screen_and_to_the_log(capsys):
-    log = io.StringIO()
+def test_lines_go_to_the_screen_and_to_the_log(capsys, tmp_path):
+    log = tmp_path / "log.txt"
     with console.log_to(log):
         console.say("a [bold]line[/bold] of " + "x" * 200)
         console.warn("careful")
@@ -15,7 +15,7 @@ def test_lines_go_to_the_screen_and_to_the_log(capsys):
     said = capsys.readouterr()
     assert said.out == "a [bold]line[/bold] of " + "x" * 200 + "\nafter\n"  # no markup, no wrapping
     assert said.err == "warning: careful\n"
-    assert log.getvalue() == said.out.replace("after\n", "") + said.err
+    assert log.read_text() == said.out.replace("after\n", "") + said.err
 
 
 def test_off_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):

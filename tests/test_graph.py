@@ -46,11 +46,11 @@ class Loop:
         self.step = make_step(CASE, kind=kind, with_ema=True, device=DEVICE, **how)
         self.stats = Accumulator(self.step.device)
         self.step.scale.scale.fill_(2.0**40 if self.step.scale.enabled else 1.0)  # it overflows
-        self.state = [*self.step.tensors(), self.stats.sums]
+        self.state = [*self.step.tensors(), *self.stats.tensors().values()]
 
     def advance(self, batch: Batch):
         stats = self.step(batch)
-        self.stats.add(stats)
+        self.stats.add(stats, self.step.health.frozen)
         return stats
 
     def graphed(self) -> Graphed:

@@ -4,6 +4,8 @@ import torch
 
 from fastgan.precision import INTERVAL, SCALE, LossScale
 
+NO, YES = torch.zeros(()), torch.ones(())
+
 
 def test_the_scale_is_gradscalers_through_overflows_and_growth():
     ours = LossScale(torch.device("cpu"), enabled=True)
@@ -16,23 +18,35 @@ def test_the_scale_is_gradscalers_through_overflows_and_growth():
         loss = torch.ones(())
         assert float(ours(loss)) == float(theirs.scale(loss))
         p.grad = torch.full_like(p, torch.inf if i in overflows else 1.0)
-        found = ours.check([torch.ones(2, dtype=torch.float16), p.grad.clone()])
-        assert bool(found) == (i in overflows)
-        theirs.step(sgd), theirs.update(), ours.update()
+        ours.note(NO), ours.note(YES if i in overflows else NO)
+        theirs.step(sgd), theirs.update(), ours.update(frozen=NO)
         assert float(ours.scale) == theirs.get_scale(), i
     assert float(ours.scale) != SCALE  # it moved, in the end
+    assert int(ours.skipped) == len(overflows)
 
 
-def test_one_overflow_of_two_optimizers_lowers_the_scale():
+def test_one_skip_of_two_optimizers_lowers_the_scale_and_is_one_step():
     scale = LossScale(torch.device("cpu"), enabled=True)
-    assert not scale.check([torch.ones(2)])
-    assert scale.check([torch.tensor([1.0, torch.nan])])
-    scale.update()
-    assert float(scale.scale) == SCALE / 2
+    scale.note(YES), scale.note(YES)
+    scale.update(frozen=NO)
+    assert float(scale.scale) == SCALE / 2 and int(scale.skipped) == 1
+
+
+def test_frozen_nothing_moves():
+    scale = LossScale(torch.device("cpu"), enabled=True)
+    scale.note(NO), scale.note(NO)
+    scale.update(frozen=NO)
+    before = {name: t.clone() for name, t in scale.tensors().items()}
+    for skipped in (YES, NO):
+        scale.note(skipped)
+        scale.update(frozen=YES)
+    assert all(torch.equal(t, before[name]) for name, t in scale.tensors().items())
+    assert before["good_steps"] == 1
 
 
 def test_disabled_it_does_nothing():
     scale = LossScale(torch.device("cpu"), enabled=False)
     loss = torch.ones(())
-    assert scale(loss) is loss and scale.check([loss]) is None and not scale.tensors()
-    scale.update()
+    scale.note(YES)
+    scale.update(frozen=NO)
+    assert scale(loss) is loss and not scale.tensors() and not scale.skipped

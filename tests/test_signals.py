@@ -3,10 +3,11 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
-from fastgan.signals import Terminated, noted, terminable
+from fastgan.signals import TERMINATING, Terminated, noted, terminable
 
 
 def send(*numbers):
@@ -14,17 +15,37 @@ def send(*numbers):
         os.kill(os.getpid(), number)
 
 
-def test_the_first_ones_are_noted_and_a_second_ctrl_c_raises():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+ALL = [signal.SIGINT, *TERMINATING]
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_the_first_one_is_noted_and_a_second_one_ends_at_once(number, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("fastgan.signals.time.monotonic", lambda: now)
+    before = {n: signal.getsignal(n) for n in ALL}
     with noted() as caught:
-        send(signal.SIGTERM, signal.SIGTERM)  # launchers send it twice
-        assert caught == [signal.SIGTERM, signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
+        now += 60  # into the run
+        send(number)
+        now += 0.9
+        send(number)  # launchers send it twice
+        assert set(caught) == {number}
+        now += 5
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated):
+            send(number)
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_an_import_swallowed_is_noted_when_training_begins():
+    with terminable():
+        with suppress(Terminated):
+            send(signal.SIGUSR1)
+        with noted() as caught:
+            assert caught == [signal.SIGUSR1]
+    with terminable(), noted() as caught:
+        assert caught == []  # of another command
+
+
+@pytest.mark.parametrize("number", TERMINATING)
 def test_outside_the_loop_they_raise_with_their_name(number):
     before = signal.signal(number, signal.SIG_DFL)
     with pytest.raises(Terminated) as caught, terminable():

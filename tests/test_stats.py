@@ -4,8 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from fastgan.stats import COLUMNS, StatsLog
+from fastgan.stats import COLUMNS, RECENT, Accumulator, StatsLog
+from fastgan.step import StepStats
+
+CPU = torch.device("cpu")
 
 
 def row(step):
@@ -54,3 +58,50 @@ def test_an_empty_log_has_an_empty_array_and_a_picture(tmp_path):
     log.plot()
     assert (tmp_path / "losses.png").read_bytes() != empty
     assert not list(tmp_path.glob("*tmp*"))
+
+
+def step_stats(step):
+    return StepStats(*(torch.tensor(step + i / 4) for i in range(4)))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("steps", [0, 1, 2, RECENT, RECENT + 1, 2 * RECENT + 7])
+def test_the_last_steps_in_their_order(steps, impl):
+    stats, applied = Accumulator(CPU, impl), torch.tensor(0)
+    for step in range(1, steps + 1):
+        stats.add(step_stats(step), applied)
+    rows = stats.last(steps)
+    assert [r["step"] for r in rows] == list(range(max(1, steps - RECENT + 1), steps + 1))
+    for r in rows:
+        assert [r[name] for name in StepStats._fields] == [r["step"] + i / 4 for i in range(4)]
+    first = {} if not steps else {"d_loss": (steps + 1) / 2, "d_fake": (steps + 1) / 2 + 0.75}
+    means = stats.take()
+    assert {name: means[name] for name in first} == first
+    assert not any(stats.take().values()) and stats.last(steps) == rows
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_of_the_steps_that_were_not_applied_the_first_is_shown_and_none_is_counted(impl):
+    stats = Accumulator(CPU, impl)
+    for step, frozen in enumerate([0, 0, 1, 2, 3], 1):
+        values = step_stats(step)
+        if frozen:
+            values = values._replace(d_loss=torch.tensor(torch.nan))
+        stats.add(values, torch.tensor(frozen))
+    rows = stats.last(3)
+    assert [(r["step"], r["g_loss"]) for r in rows] == [(1, 1.25), (2, 2.25), (3, 3.25)]
+    assert rows[2]["d_loss"] != rows[2]["d_loss"]
+    assert stats.take()["d_loss"] == 1.5
+
+
+def test_what_is_kept_goes_on():
+    """Into a new one, of which the ring goes on where it was."""
+    whole, first, second = (Accumulator(CPU) for _ in range(3))
+    applied = torch.tensor(0)
+    for step in range(RECENT + 9):
+        whole.add(step_stats(step), applied)
+        (first if step < RECENT + 3 else second).add(step_stats(step), applied)
+        if step == RECENT + 2:
+            for name, t in second.tensors().items():
+                t.copy_(first.tensors()[name])
+    assert second.last(7) == whole.last(7) and second.take() == whole.take()

@@ -23,8 +23,8 @@ from fastgan.config import TrainConfig
 from fastgan.data.feed import Batch
 from fastgan.data.prepare import prepare
 from fastgan.modes import pick_modes
+from fastgan.state import State
 from fastgan.step import StepStats
-from fastgan.trainer import Trainer
 from fastgan_kernels import INTERPRETED
 from planted import EvalInG, FakeFirst, NotANumber, StaleD, Ungrouped
 
@@ -230,24 +230,24 @@ class Syncs(TorchDispatchMode):
 
 
 @pytest.fixture
-def trainer(tmp_path):
-    def make(device: str, **options) -> Trainer:
+def state(tmp_path):
+    def make(device: str, **options) -> State:
         config = TrainConfig(
             data="faces:20", size=32, width=4, latent=8, batch=16, kimg=1, **options
         )
         cache = prepare(config.data, config, root=tmp_path)
-        return Trainer(config, cache, pick_modes(config.model_copy(update={"device": device})))
+        return State(config, cache, pick_modes(config.model_copy(update={"device": device})))
 
     return make
 
 
-def one_step(trainer: Trainer) -> None:
+def one_step(state: State) -> None:
     """What the loop does between two ticks; most of these cross the end of an epoch of 20."""
-    trainer.advance(trainer.feed.next())
+    state.advance(state.feed.next())
 
 
-def test_nothing_is_read_back_to_the_host_between_ticks(trainer):
-    made = trainer("cpu")
+def test_nothing_is_read_back_to_the_host_between_ticks(state):
+    made = state("cpu")
     one_step(made)
     for _ in range(4):
         with Syncs() as syncs:

@@ -22,7 +22,7 @@ from fastgan.config import TrainConfig
 from fastgan.data.prepare import default_root, prepare
 from fastgan.modes import pick_modes
 from fastgan.signals import Terminated
-from fastgan.trainer import Trainer
+from fastgan.state import State
 from tape import in_the_place_of_cuda
 
 TINY = {"size": 32, "width": 4, "latent": 8, "batch": 8, "grid": 4, "data": "faces:20"}
@@ -85,15 +85,18 @@ def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
 def test_the_statistics_are_the_means_of_the_steps(tmp_path):
     config = TrainConfig(**TINY, kimg=0.08)
     cache = prepare(config.data, config, root=tmp_path)
-    trainer = Trainer(config, cache, pick_modes(config))
+    state = State(config, cache, pick_modes(config))
     seen = []
     for _ in range(5):
-        stats = trainer.step(trainer.feed.next())
-        trainer.stats.add(stats)
+        stats = state.step(state.feed.next())
+        state.stats.add(stats, torch.tensor(0))
         seen.append([float(value) for value in stats])
-    means = trainer.stats.take()
+    last = state.stats.last(step=5)
+    assert [row.pop("step") for row in last] == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose([list(row.values()) for row in last], seen, rtol=1e-6)
+    means = state.stats.take()
     np.testing.assert_allclose(list(means.values()), np.mean(seen, axis=0), rtol=1e-6)
-    assert not trainer.stats.sums.any()
+    assert not state.stats.sums.any()
 
 
 def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(tmp_path):
@@ -237,25 +240,69 @@ def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("fastgan.step.Step.__call__", fail)
     assert train(tmp_path, "--kimg=0.08") == 1
     said = capsys.readouterr().err
-    assert "out of memory at --batch 8, --size 32, --width 4, --latent 8: lower one" in said
+    assert "out of memory at --batch 8, --size 32, --width 4, --latent 8, with " in said
+    assert " GB in use at most: lower one of them (a batch of 4 needs about half) or add" in said
 
 
-@pytest.mark.parametrize(
-    "place", ["checkpoint.write_flushed", "stats.replace_file", "trainer.save_picture"]
-)
-def test_a_full_disk_ends_the_run_with_a_word(tmp_path, monkeypatch, capsys, place):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
+
+@pytest.mark.parametrize("place", ["checkpoint.write_flushed", "stats.replace_file"])
+def test_a_disk_that_stays_full_ends_the_run_with_a_word(tmp_path, monkeypatch, capsys, place):
+    """The last checkpoint is what a run must leave, and its files what it must begin with."""
     monkeypatch.setattr(f"fastgan.{place}", full)
     assert train(tmp_path, "--kimg=0.08") == 1
     said = capsys.readouterr().err
     assert f"the run {only_run(tmp_path)} cannot be written: [Errno 28] No space" in said
     assert "Traceback" not in said
     assert list((only_run(tmp_path) / "checkpoints").iterdir()) == []  # nothing half-written
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "failed"
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+@pytest.mark.parametrize(
+    ("place", "lost"),
+    [
+        ("recorder.save_picture", "fake-000000.040kimg.png"),
+        ("stats.StatsLog.plot", "losses.png"),
+        ("stats.StatsLog._write_losses", "losses.npy"),
+        ("checkpoint.write_flushed", "checkpoint 000000.040kimg"),
+    ],
+)
+def test_a_disk_that_is_full_for_a_while_is_said_and_training_goes_on(
+    tmp_path, monkeypatch, capsys, place, lost
+):
+    assert train(tmp_path / "whole", "--kimg=0.08") == 0
+    advance = State._advance
+
+    def fills(self, batch):
+        advance(self, batch)
+        if self.step_count == 1:
+            self.undo = pytest.MonkeyPatch()
+            self.undo.setattr(f"fastgan.{place}", full)
+        elif self.step_count == 6:
+            self.undo.undo()
+
+    monkeypatch.setattr(State, "_advance", fills)
+    flags = ["--kimg=0.08", "--save-kimg=0.04", "--sample-kimg=0.04", "--tick-kimg=0.016"]
+    assert train(tmp_path / "full", *flags) == 0
+    said = capsys.readouterr().err
+    assert lost in said and "No space left on device" in said and "training goes on" in said
+    run = only_run(tmp_path / "full")
+    a, b = tensors(only_run(tmp_path / "whole")), tensors(run)
+    assert all(torch.equal(a[k], b[k]) for k in a if not k.startswith("state.stats"))
+    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    np.testing.assert_array_equal(np.load(run / "losses.npy")[:, 0], [2, 4, 6, 8, 10])
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+SIGNALS = [
+    (signal.SIGINT, 130),
+    (signal.SIGTERM, 143),
+    (signal.SIGHUP, 129),
+    (signal.SIGUSR1, 138),
+]
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
@@ -293,6 +340,14 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
     a, b = tensors(run), tensors(other)
     assert all(torch.equal(a[k], b[k]) for k in a)
     np.testing.assert_array_equal(np.load(run / "losses.npy"), np.load(other / "losses.npy"))
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_with_exit_zero_what_a_scheduler_stops_is_no_failure(tmp_path, monkeypatch, number, code):
+    monkeypatch.setattr("fastgan.trainer.Stop.by", lambda self, step: number if step else 0)
+    scheduler = number in (signal.SIGTERM, signal.SIGUSR1)
+    assert train(tmp_path, "--exit-zero") == (0 if scheduler else code)
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "preempted"
 
 
 def test_training_goes_on_when_the_reader_of_its_output_goes_away(tmp_path):
@@ -334,7 +389,7 @@ def test_a_checkpoint_of_another_device_goes_on_with_new_latents(tmp_path, capsy
     run = only_run(tmp_path)
     path = checkpoint.checkpoints(run)[-1] / "meta.json"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"device": "cuda"}))
+    path.write_text(json.dumps(checkpoint.sealed(meta | {"device": "cuda"})))
     assert main(["train", f"--resume={run}", "--kimg=0.08"]) == 0
     assert "the run was on cuda: latents go on from a new seed" in capsys.readouterr().err
 
@@ -410,7 +465,7 @@ def test_a_folder_that_vanishes_while_it_is_read_ends_with_a_checkpoint(
 ):
     folder = tmp_path / "images"
     shutil.copytree(pictures, folder)
-    advance = Trainer._advance
+    advance = State._advance
 
     def vanish(self, batch):
         advance(self, batch)
@@ -418,7 +473,7 @@ def test_a_folder_that_vanishes_while_it_is_read_ends_with_a_checkpoint(
             for path in folder.iterdir():
                 path.unlink()
 
-    monkeypatch.setattr(Trainer, "_advance", vanish)
+    monkeypatch.setattr(State, "_advance", vanish)
     flags = [f for f in FLAGS if not f.startswith("--data")] + ["--device=cpu", "--loader=dali"]
     assert main(["train", *flags, f"--data={folder}", f"--out={tmp_path}", "--kimg=9"]) == 1
     run = only_run(tmp_path)
@@ -428,7 +483,7 @@ def test_a_folder_that_vanishes_while_it_is_read_ends_with_a_checkpoint(
     )
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
     shutil.copytree(pictures, folder, dirs_exist_ok=True)
-    monkeypatch.setattr(Trainer, "_advance", advance)
+    monkeypatch.setattr(State, "_advance", advance)
     step = json.loads((run / "run.json").read_text())["step"]
     assert step >= 5
     assert main(["train", f"--resume={run}", f"--kimg={(step + 2) * 8 / 1000}"]) == 0
@@ -534,7 +589,7 @@ def test_a_signal_in_the_warm_up_ends_it_at_once(tmp_path, monkeypatch, capsys, 
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         raise signaled
 
-    monkeypatch.setattr(Trainer, "warm_up", interrupted)
+    monkeypatch.setattr(State, "warm_up", interrupted)
     code = 130 if isinstance(signaled, KeyboardInterrupt) else 143
     assert train(tmp_path, "--kimg=0.04") == code
     assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "preempted"

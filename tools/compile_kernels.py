@@ -32,9 +32,10 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from fastgan_kernels import adam_ema, bn_act_kernels, gather_u8  # noqa: E402,F401
+from fastgan_kernels import bn_act_kernels  # noqa: E402
 
-MODULES = [sys.modules[f"fastgan_kernels.{n}"] for n in ("adam_ema", "bn_act_kernels", "gather_u8")]
+NAMES = ("adam_ema", "bn_act_kernels", "gather_u8", "guard", "tally")
+MODULES = [sys.modules[f"fastgan_kernels.{name}"] for name in NAMES]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ACTS = ("relu", "leaky_relu", "none")
 # 128 registers let two programs of 256 threads share a multiprocessor; 48 KB of shared memory is
@@ -110,6 +111,12 @@ def cases(everything: bool) -> Iterator[tuple[str, Due, Callable[[], Any]]]:
         moved = {"adam_ema": (loads, 6 * len(SHAPES) + (low is not None) * weights)}
         call = partial(adam_call, DTYPES[grad], DTYPES[low] if low else None, extra)
         yield f"grad {grad} low {low} average, scale {extra}", moved, call
+    for grad, scaled in itertools.product(kinds, (False, True)):
+        # eight of each tensor in float32, half as many of one in 16 bits
+        weights = sum(len(shape) == 4 for shape in SHAPES)
+        read_once = {"guard": (8 * len(SHAPES) - (4 - DTYPES[grad].itemsize) * 2 * weights, 0)}
+        yield f"grad {grad} scale {scaled}", read_once, partial(guard_call, DTYPES[grad], scaled)
+    yield "statistics", {}, tally_call
 
 
 def bn_act_due(dtype: torch.dtype, act: str) -> Due:
@@ -163,6 +170,25 @@ def adam_call(grad: torch.dtype, low: torch.dtype | None, extra: bool) -> None:
         torch.zeros((), dtype=torch.float64) if extra else None, 100.0, 0.05,
         scalar.clone() if extra else None, scalar.clone() if extra else None,
     )  # fmt: skip
+
+
+def guard_call(grad: torch.dtype, scaled: bool) -> None:
+    """A step's last network, with gradients as `adam_call` has them."""
+    grads = [
+        torch.zeros(shape, dtype=grad if len(shape) == 4 else torch.float32) for shape in SHAPES
+    ]
+    scalar, flags = torch.zeros(()), torch.zeros(len(grads), dtype=torch.int32)
+    torch.ops.fastgan_kernels.guard(
+        grads, scalar, flags, torch.zeros((), dtype=torch.bool),
+        torch.zeros((), dtype=torch.int64), scalar.clone(), scalar.clone(),
+        scalar.clone() if scaled else None, 2.0**-16, True,
+    )  # fmt: skip
+
+
+def tally_call() -> None:
+    count, sums = torch.zeros((), dtype=torch.int64), torch.zeros(5, dtype=torch.float64)
+    values = [torch.zeros(()) for _ in range(4)]
+    torch.ops.fastgan_kernels.tally(values, count, sums, sums.repeat(50, 1), count.clone())
 
 
 def compiled(archs: list[int], everything: bool) -> Iterator[Row]:

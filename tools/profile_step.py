@@ -28,7 +28,7 @@ from fastgan.data.prepare import prepare  # noqa: E402
 from fastgan.env import environment  # noqa: E402
 from fastgan.errors import RunError, UsageError  # noqa: E402
 from fastgan.modes import pick_modes  # noqa: E402
-from fastgan.trainer import Trainer  # noqa: E402
+from fastgan.state import State  # noqa: E402
 
 
 def spans(events: list[Any]) -> tuple[float, float]:
@@ -55,13 +55,13 @@ def by_kernel(events: list[Any], steps: int) -> list[dict[str, Any]]:
 
 
 def profiled(config: TrainConfig, steps: int) -> dict[str, Any]:
-    trainer = Trainer(config, prepare(config.data, config), pick_modes(config))
-    trainer.warm_up()
-    on_gpu = trainer.device.type == "cuda"
+    state = State(config, prepare(config.data, config), pick_modes(config))
+    state.warm_up()
+    on_gpu = state.device.type == "cuda"
 
     def run() -> None:
         for _ in range(steps):
-            trainer.advance(trainer.feed.next())
+            state.advance(state.feed.next())
         if on_gpu:
             torch.cuda.synchronize()
 
@@ -74,7 +74,7 @@ def profiled(config: TrainConfig, steps: int) -> dict[str, Any]:
     events = on_the_gpu(found) if on_gpu else innermost
     whole, busy = spans(events)
     return {
-        "environment": environment(trainer.device),
+        "environment": environment(state.device),
         "options": {"size": config.size, "batch": config.batch, "compile": config.compile},
         "us_a_step": whole / steps,
         "idle_us_a_step": (whole - busy) / steps if on_gpu else None,

@@ -27,7 +27,7 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
     """
     try:
         # the archive's own end first: the directory may be larger than the memory
-        count = _most_members(path)
+        count = most_members(path)
         if count > MAX_MEMBERS:
             raise UsageError(
                 f"{flag}: {path} may have {count:,} members, over {MAX_MEMBERS:,}; give its images "
@@ -54,7 +54,7 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
     return [_listed(path, whole, info) for info in images]
 
 
-def _most_members(path: str) -> int:
+def most_members(path: str) -> int:
     """How many the directory has room for, from the archive's own end, which says its length."""
     module: Any = zipfile  # its names for the end record are not public, and have been there always
     with open(path, "rb") as file:

@@ -89,6 +89,11 @@ class Sampler:
         """The position: all that has to be kept to go on from here."""
         return {"epoch": self.epoch, "offset": self.offset}
 
+    def state_before(self, batches: int) -> dict[str, int]:
+        """The position so many batches ago."""
+        epoch, offset = self._after(-batches * self.batch)
+        return {"epoch": epoch, "offset": offset}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position; raises `ValueError` for one that this walk cannot be at."""
         if state.keys() != {"epoch", "offset"}:
@@ -130,6 +135,10 @@ class Feed:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position; `ValueError` for one that cannot be."""
         self._sampler.load_state_dict(state)
+
+    def rewind(self, batches: int) -> None:
+        """Go back by so many batches."""
+        self.load_state_dict(self._sampler.state_before(batches))
 
     def close(self) -> None:
         """End what works ahead."""

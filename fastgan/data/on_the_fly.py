@@ -27,13 +27,16 @@ from .wanted import Wanted, want
 
 
 class OnTheFly:
-    """The images of a folder or a zip, framed, to train on.
+    """The images of a folder or a zip, framed, to train on; the machine's cores are for so many
+    processes that do (`among`).
 
     Raises:
         UsageError: `source` is something else, or none of its images is left to train on.
     """
 
-    def __init__(self, source: str, options: DataOptions, flag: str = "--data") -> None:
+    def __init__(
+        self, source: str, options: DataOptions, flag: str = "--data", among: int = 1
+    ) -> None:
         if source.startswith("faces:") or is_cache(Path(absolute(source, flag))):
             raise UsageError(
                 f"--loader dali needs a folder of images or a .zip; {flag} is {source}"
@@ -47,7 +50,7 @@ class OnTheFly:
         self._list: Path | None = None
         self._listed: set[str] = set()
         self._before = ""  # the next line of the list
-        self._pool = open_pool(options, self._files, again=True)
+        self._pool = open_pool(options, self._files, again=True, among=among)
 
     def __str__(self) -> str:
         return f"{self.count:,} images of {self._wanted.source}, framed to {self.size} px"
@@ -137,11 +140,16 @@ class OnTheFly:
         self._refused.add(row)
         if len(self._refused) == 1:
             where = f"; all such are listed in {self._list}" if self._list else ""
-            warn(f"{what}: the next image stands in for it{where}")
+            warn(f"{what}: the next image stands in for it{where}", own=True)
         if self._list is not None and file.name not in self._listed:
+            line = self._before + json.dumps({**file.row(), "reason": reason}) + "\n"
+            try:
+                with open(self._list, "ab", buffering=0) as lines:
+                    lines.write(line.encode())
+            except OSError as error:
+                warn(f"{self._list} cannot be written ({error.strerror}), it lacks {what}")
+                return
             self._listed.add(file.name)
-            with open(self._list, "a", encoding="utf-8") as lines:
-                lines.write(self._before + json.dumps({**file.row(), "reason": reason}) + "\n")
             self._before = ""
         if 2 * len(self._refused) > self.count:
             raise UsageError(

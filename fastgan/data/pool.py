@@ -222,13 +222,13 @@ class DecodePool:
 
 
 def open_pool(
-    options: DataOptions, files: Sequence[ImageFile], *, again: bool = False
+    options: DataOptions, files: Sequence[ImageFile], *, again: bool = False, among: int = 1
 ) -> DecodePool:
     """The processes that decode these files by these options, again and again or once; says which
-    decoder they have.
+    decoder they have. The machine's cores are for so many pools (`among`).
     """
     framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
-    processes = sum(1 for _ in batches(files))
+    processes = min(sum(1 for _ in batches(files)), max(1, cores() // among))
     names = _fastest(files, again) if options.decoder == "auto" else (options.decoder,)
     pool = DecodePool(framing, names, processes)
     tell = say if pool.why in ("", NO_GPU) else warn

@@ -17,12 +17,13 @@ import numpy as np
 
 from ..errors import RunError
 from ..framing import Framing
+from ..signals import TERMINATING
 from .image_file import ImageFile
 from .worker import to_json
 
 FILE_LIMIT_S = 30.0  # of the processor's time, for a single file
 WALL_FACTOR = 10  # times as long by the clock, for what waits for ever: a machine may be busy
-ENDED_BY_OTHERS = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+ENDED_BY_OTHERS = {signal.SIGKILL, signal.SIGINT, *TERMINATING}
 WORKER = f"{__package__}.worker"
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..framing import Framing
+from ..signals import TERMINATING
 from .decode import Decoder, open_decoder
 from .image_file import ImageFile, Member, sha256
 
@@ -33,7 +34,7 @@ PIXEL_BYTES = 32  # and for each pixel of the largest image: 16-bit RGBA, and a 
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, *TERMINATING):
         signal.signal(number, signal.SIG_IGN)  # they are for the parent, which ends this
     answers = os.fdopen(int(sys.argv[1]), "wb")
     warnings.simplefilter("ignore")

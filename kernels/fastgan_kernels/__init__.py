@@ -1,5 +1,5 @@
-"""Operators for channels-last CNNs: batch norm + activation, image gather, Adam. Imports torch and
-triton, never fastgan.
+"""Operators for channels-last CNNs: batch norm + activation, image gather, Adam, and what watches a
+step on the device. Imports torch and triton, never fastgan.
 """
 
 from ._launch import INTERPRETED
@@ -8,6 +8,8 @@ from .adam_ema import Average, adam_ema, adam_ema_ref
 from .batch_norm_act import BatchNormAct2d
 from .bn_act import bn_act, bn_act_ref
 from .gather_u8 import gather_u8, gather_u8_ref
+from .guard import guard, guard_ref
+from .tally import tally, tally_ref
 
 __all__ = [
     "INTERPRETED",
@@ -20,4 +22,8 @@ __all__ = [
     "bn_act_ref",
     "gather_u8",
     "gather_u8_ref",
+    "guard",
+    "guard_ref",
+    "tally",
+    "tally_ref",
 ]

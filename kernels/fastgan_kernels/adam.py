@@ -22,7 +22,8 @@ class Adam(torch.optim.Optimizer):
     `torch.optim.Adam`'s names, and its state_dict goes into `torch.optim.Adam` and back; all
     parameters of a group share one step count. Learning rate, counts and moments are tensors on the
     device that stay where they are, also when a state is loaded: a captured graph takes them up.
-    `torch.amp.GradScaler` hands it scale and found_inf, and no gradient is unscaled in memory.
+    `torch.amp.GradScaler` hands it scale and found_inf, and no gradient is unscaled in memory; with
+    found_inf not zero nothing happens.
 
     Args:
         params: parameters, or groups of them (`torch.optim.Optimizer`); float32 for "triton".

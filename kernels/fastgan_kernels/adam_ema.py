@@ -17,9 +17,10 @@ that the half-life may be at most (StyleGAN2-ADA's `ema_rampup`). Buffers (runni
 be averaged beside the parameters.
 
 `lr` and both counts are 0-d tensors on the device, read and advanced there: a captured graph goes
-on counting, and takes another learning rate without a new capture. With `found_inf` not zero the
-step is skipped, but for copy and average; `grad_scale` is what the gradients were multiplied by
-(the contract of `torch.amp.GradScaler`).
+on counting, and takes another learning rate without a new capture. `grad_scale` is what the
+gradients were multiplied by (the contract of `torch.amp.GradScaler`). With `found_inf` not zero
+nothing happens: weights, moments, counts, copies and average stay bit for bit, whatever gradients
+and buffers hold.
 
 Bytes an element, float32 weights and gradients: 28 (p, m, v read and written, g read), 26 with a
 gradient of 16 bits, 2 more for `low`, 8 more for `average`. Bound by these: 84 MB for 3 M
@@ -67,15 +68,27 @@ class Average:
                 raise ValueError(f"Average: {name} must be 0 or more, got {value}")
 
     @torch.no_grad()
-    def move(self, params: Sequence[Tensor]) -> None:
-        """One step after `params`, by PyTorch's own operators."""
-        self.step.add_(1)
+    def move(self, params: Sequence[Tensor], skip: Tensor | None = None) -> None:
+        """One step after `params`, by PyTorch's own operators; none where `skip`, 0-d, is true."""
+        self.step.add_(1 if skip is None else ~skip)
         weight = 1 - torch.exp2(-1 / (self.step * self.ramp).clamp_max(self.half_life))
         sources = [*params, *(source for source, _ in self.buffers)]
         averages = [*self.params, *(average for _, average in self.buffers)]
         change = torch._foreach_sub(sources, averages)
         torch._foreach_mul_(change, weight.to(averages[0].dtype))
-        torch._foreach_add_(averages, change)
+        if skip is None:
+            torch._foreach_add_(averages, change)
+        else:
+            torch._foreach_add_(change, averages)
+            _write(averages, change, skip)
+
+
+def _write(tensors: Sequence[Tensor], values: Sequence[Tensor], skip: Tensor) -> None:
+    """`values` into `tensors`, nothing where `skip`. Chosen, not multiplied by 0: they may be NaN;
+    and chosen on the device: a graph may be in the making.
+    """
+    for t, value in zip(tensors, values, strict=True):
+        torch.where(skip, t, value, out=t)
 
 
 def adam_ema_ref(
@@ -94,16 +107,17 @@ def adam_ema_ref(
     found_inf: Tensor | None = None,
 ) -> None:
     """The definition, written out; every other implementation is held to it."""
+    if found_inf is not None and bool(found_inf):
+        return
     beta1, beta2 = betas
-    if found_inf is None or not bool(found_inf):
-        step += 1
-        t = step.double()
-        for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-            g = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) / grad_scale
-            m.copy_(beta1 * m + (1 - beta1) * g)
-            v.copy_(beta2 * v + (1 - beta2) * g * g)
-            step_size = (lr / (1 - beta1**t)).to(p.dtype)
-            p -= step_size * m / (v.sqrt() / (1 - beta2**t).sqrt().to(p.dtype) + eps)
+    step += 1
+    t = step.double()
+    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        g = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) / grad_scale
+        m.copy_(beta1 * m + (1 - beta1) * g)
+        v.copy_(beta2 * v + (1 - beta2) * g * g)
+        step_size = (lr / (1 - beta1**t)).to(p.dtype)
+        p -= step_size * m / (v.sqrt() / (1 - beta2**t).sqrt().to(p.dtype) + eps)
     for copy, p in zip(low, params, strict=False):
         if copy is not None:
             copy.copy_(p)
@@ -131,7 +145,8 @@ def _adam_ema_torch(
     found_inf: Tensor | None = None,
 ) -> None:
     """PyTorch's fused Adam, called as torch.optim.Adam(fused=True) does, and foreach copies."""
-    step += 1
+    skip = None if found_inf is None else found_inf != 0
+    step += 1 if skip is None else ~skip
     if any(g.dtype != p.dtype for g, p in zip(grads, params, strict=True)):
         wide = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(wide, list(grads))
@@ -151,15 +166,15 @@ def _adam_ema_torch(
         amsgrad=False,
         maximize=False,
         grad_scale=grad_scale,
-        found_inf=found_inf,
+        found_inf=None if skip is None else skip.float(),  # it skips at 1 alone
     )
-    if found_inf is not None:
-        step -= found_inf
     copies = [(copy, p) for copy, p in zip(low, params, strict=False) if copy is not None]
-    if copies:
+    if copies and skip is None:
         torch._foreach_copy_([copy for copy, _ in copies], [p for _, p in copies])
+    elif skip is not None:
+        _write([copy for copy, _ in copies], [p.to(copy.dtype) for copy, p in copies], skip)
     if average is not None:
-        average.move(params)
+        average.move(params, skip)
 
 
 @jit
@@ -181,6 +196,9 @@ def _adam_ema_kernel(
     NUMELS: tl.constexpr, STARTS: tl.constexpr,  # of tensor i: its elements, its first program
     PARAMS: tl.constexpr, BUFFERS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if found_inf_ptr is not None:  # noqa: SIM102  # `and` would look into the None
+        if tl.load(found_inf_ptr) != 0:
+            return  # every program of every launch: none is counted
     program = tl.program_id(0)
     step = tl.load(step_ptr).to(tl.float64) + 1
     # 1 - beta^t in float64, where beta^t near 1 does not cancel
@@ -194,27 +212,23 @@ def _adam_ema_kernel(
         weight = (1 - tl.exp2((-1.0 / steps).to(tl.float64))).to(tl.float32)
     if grad_scale_ptr is not None:
         unscale = 1.0 / tl.load(grad_scale_ptr)  # exact: GradScaler's scales are powers of two
-    skip = False
-    if found_inf_ptr is not None:
-        skip = tl.load(found_inf_ptr) != 0
     for i in tl.static_range(PARAMS):
         if (program >= STARTS[i]) & (program < STARTS[i + 1]):
             at = (program - STARTS[i]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             inside = at < NUMELS[i]
             p = tl.load(param_ptrs[i] + at, mask=inside)
-            if not skip:
-                g = tl.load(grad_ptrs[i] + at, mask=inside).to(tl.float32)
-                m = tl.load(exp_avg_ptrs[i] + at, mask=inside)
-                v = tl.load(exp_avg_sq_ptrs[i] + at, mask=inside)
-                if grad_scale_ptr is not None:
-                    g *= unscale
-                m = beta1 * m + rest1 * g
-                v = beta2 * v + rest2 * g * g
-                # two units in the last place are enough here, and cost no call of a subroutine
-                p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
-                tl.store(param_ptrs[i] + at, p, mask=inside)
-                tl.store(exp_avg_ptrs[i] + at, m, mask=inside)
-                tl.store(exp_avg_sq_ptrs[i] + at, v, mask=inside)
+            g = tl.load(grad_ptrs[i] + at, mask=inside).to(tl.float32)
+            m = tl.load(exp_avg_ptrs[i] + at, mask=inside)
+            v = tl.load(exp_avg_sq_ptrs[i] + at, mask=inside)
+            if grad_scale_ptr is not None:
+                g *= unscale
+            m = beta1 * m + rest1 * g
+            v = beta2 * v + rest2 * g * g
+            # two units in the last place are enough here, and cost no call of a subroutine
+            p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
+            tl.store(param_ptrs[i] + at, p, mask=inside)
+            tl.store(exp_avg_ptrs[i] + at, m, mask=inside)
+            tl.store(exp_avg_sq_ptrs[i] + at, v, mask=inside)
             if low_ptrs is not None:  # noqa: SIM102  # `and` would look into the None
                 if low_ptrs[i] is not None:
                     tl.store(low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside)
@@ -231,8 +245,7 @@ def _adam_ema_kernel(
     if LAST:  # of several launches, which all read the counts as they were
         tl.debug_barrier()  # this program has read them before it is counted itself
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            if not skip:
-                tl.store(step_ptr, tl.load(step_ptr) + 1)
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
             if average_step_ptr is not None:
                 tl.store(average_step_ptr, tl.load(average_step_ptr) + 1)
             tl.store(counter_ptr, 0)
@@ -338,8 +351,9 @@ def adam_ema(
         lr: 0-d float32.
         low: bfloat16 or float16 copies of the parameters, or None in the place of some.
         average: what is averaged beside.
-        grad_scale, found_inf: 0-d float32 (`torch.amp.GradScaler`); PyTorch's own implementation
-            also divides the gradients by `grad_scale` in place.
+        grad_scale, found_inf: 0-d float32 (`torch.amp.GradScaler`); with `found_inf` not zero
+            nothing happens. PyTorch's own implementation also divides the gradients by `grad_scale`
+            in place.
         impl: "triton" in one launch (of up to 64 tensors), "torch" (`torch.optim.Adam(fused=True)`
             and foreach copies), "ref" (the definition); "auto" is "triton" on an NVIDIA GPU where
             all but gradients and copies is float32, and "torch" elsewhere.

@@ -131,7 +131,7 @@ def test_the_operators_are_registered_rightly(name, device):
     torch.library.opcheck(getattr(bn_act_kernels, name), arguments[name])
 
 
-def compiled_and_plain(device, backend):
+def compiled_and_plain(device, backend, impl="triton", reduce=None):
     """Two layers, whole and compiled without a break, two steps: outputs, gradients, buffers."""
     torch._dynamo.reset()
     results = []
@@ -139,10 +139,11 @@ def compiled_and_plain(device, backend):
         torch.manual_seed(1)
         net = nn.Sequential(
             nn.Conv2d(3, 8, 4, 2, 1, bias=False),
-            BatchNormAct2d(8, impl="triton"),
+            BatchNormAct2d(8, impl=impl),
             nn.Conv2d(8, 6, 3, bias=False),
-            BatchNormAct2d(6, act="leaky_relu", impl="triton"),
+            BatchNormAct2d(6, act="leaky_relu", impl=impl),
         ).to(device, memory_format=torch.channels_last)
+        net[1].reduce = net[3].reduce = reduce
         call = torch.compile(net, fullgraph=True, backend=backend) if compile else net
         x = torch.randn(4, 3, 12, 12).to(device, memory_format=torch.channels_last)
         for _ in range(2):
@@ -156,6 +157,39 @@ def compiled_and_plain(device, backend):
 def test_no_graph_break_and_the_same_numbers_under_compile(backend, device):
     for plain, compiled in zip(*compiled_and_plain(device, backend), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+
+
+SUMMED = []  # the shapes that were, as the operator ran
+
+
+@torch.library.custom_op("test_bn_act_use::all_sum", mutates_args=())
+def all_sum(sums: torch.Tensor, processes: int) -> torch.Tensor:
+    """A world of processes which all have the same batch."""
+    SUMMED.append(tuple(sums.shape))
+    return sums * processes
+
+
+@all_sum.register_fake
+def _(sums, processes):
+    return torch.empty_like(sums)
+
+
+BACKENDS = [
+    ("torch", "aot_eager"),
+    ("triton", "aot_eager"),
+    pytest.param("torch", "inductor", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("impl", "backend"), BACKENDS)
+def test_a_reduction_that_is_an_operator_is_compiled_as_it_stands(impl, backend, device):
+    """Forward and backward, without a graph break: the sums and numbers of the plain calls."""
+    SUMMED.clear()
+    plain, compiled = compiled_and_plain(device, backend, impl, lambda t: all_sum(t, 2))
+    # two layers, [groups, 2 C + 1] forward and [groups, 2, C] backward, two steps
+    assert SUMMED[:8] == [(1, 17), (1, 13), (1, 2, 6), (1, 2, 8)] * 2 == SUMMED[8:]
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_one_compilation_for_all_batch_sizes(device):

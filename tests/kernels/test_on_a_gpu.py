@@ -14,7 +14,7 @@ class Walk:
     buffers.
     """
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, adam="triton"):
         torch.manual_seed(0)
         cuda = torch.device("cuda:0")
         self.images = torch.randint(0, 256, (50, 32, 32, 3), dtype=torch.uint8, device=cuda)
@@ -29,9 +29,10 @@ class Walk:
         self.nets = nn.ModuleList([self.first, self.conv, self.second])
         params = list(self.nets.parameters())
         count = torch.zeros((), dtype=torch.float64, device=cuda)
-        average = Average([p.detach().clone() for p in params], [], count, 10.0, 1.0)
+        buffers = [(t, t.clone()) for t in self.nets.buffers() if t.is_floating_point()]
+        average = Average([p.detach().clone() for p in params], buffers, count, 10.0, 1.0)
         self.low = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
-        self.adam = Adam(params, 1e-2, low=self.low, average=average, impl="triton")
+        self.adam = Adam(params, 1e-2, low=self.low, average=average, impl=adam)
         self.average = average
 
     def draw(self, seed):
@@ -47,8 +48,13 @@ class Walk:
         self.adam.step()
 
     def state(self):
-        everything = [*self.nets.state_dict().values(), *self.low, *self.average.params]
-        return [*everything, self.average.step, *(s["step"] for s in self.adam.state.values())]
+        return [*self.nets.buffers(), *self.held()]
+
+    def held(self):
+        """What a step with found_inf leaves alone."""
+        means = [*self.average.params, *(mean for _, mean in self.average.buffers)]
+        moments = [t for s in self.adam.state.values() for t in s.values()]
+        return [*self.nets.parameters(), *self.low, *means, self.average.step, *moments]
 
 
 def captured(walk):
@@ -67,8 +73,9 @@ def captured(walk):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_graph_gives_the_bits_of_the_plain_calls(dtype, scaled):
-    plain, graphed = Walk(dtype), Walk(dtype)
+@pytest.mark.parametrize("adam", ["triton", "torch"])
+def test_a_graph_gives_the_bits_of_the_plain_calls(dtype, scaled, adam):
+    plain, graphed = Walk(dtype, adam), Walk(dtype, adam)
     for walk in (plain, graphed):
         if scaled:
             walk.adam.grad_scale = torch.full((), 4.0, device="cuda")
@@ -80,13 +87,17 @@ def test_a_graph_gives_the_bits_of_the_plain_calls(dtype, scaled):
         for walk in (plain, graphed):
             walk.draw(seed)
             walk.adam.param_groups[0]["lr"].fill_(1e-2 / seed)
-            if scaled:
+            if scaled:  # NaN in every gradient, once
                 walk.adam.found_inf.fill_(float(seed == 3))
+                walk.adam.grad_scale.fill_(float("nan") if seed == 3 else 4.0)
+        before = [t.clone() for t in graphed.held()]
         plain()
         graph.replay()
+        if scaled and seed == 3:
+            assert all(torch.equal(t, was) for t, was in zip(graphed.held(), before, strict=True))
         for ours, theirs in zip(graphed.state(), plain.state(), strict=True):
             assert torch.equal(ours, theirs)
-    assert float(plain.average.step) == 7
+    assert float(plain.average.step) == 7 - scaled
     step = next(iter(plain.adam.state.values()))["step"]
     assert float(step) == 7 - scaled
 
@@ -107,8 +118,10 @@ def test_a_capture_that_finds_no_counters_takes_its_own(monkeypatch):
         assert torch.equal(ours, theirs)
 
 
-def test_nothing_waits_for_the_gpu():
-    walk = Walk(torch.bfloat16)
+@pytest.mark.parametrize("adam", ["triton", "torch"])
+def test_nothing_waits_for_the_gpu(adam):
+    walk = Walk(torch.bfloat16, adam)
+    walk.adam.found_inf = torch.zeros((), device="cuda")
     walk.draw(0)
     walk()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,0 +1,334 @@
+"""What a run computes with (networks, optimizers, random numbers, feed, counters), how that goes
+into a checkpoint, and how it comes back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import __version__, checkpoint, compiling, console
+from .config import TrainConfig, to_plain
+from .data.feed import Batch
+from .data.loader import Data, open_feed
+from .distributed import Ranks
+from .errors import RunError, UsageError
+from .graph import Graphed, warm_up
+from .models import Discriminator, Generator, init_weights
+from .modes import Modes
+from .optim import Ema, Trained, copy_into
+from .stats import Accumulator
+from .step import Step
+
+
+class State:
+    """A run between two steps.
+
+    Attributes:
+        step_count, images: steps so far, and real images that they have taken.
+        loader: which feed it has, and why.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: Data, modes: Modes, ranks: Ranks | None = None
+    ) -> None:
+        self.config, self.data, self.modes = config, data, modes
+        self.ranks = ranks = ranks or Ranks()
+        self.device = device = modes.device
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
+        random = torch.Generator().manual_seed(config.seed)
+        shape = (config.size, config.latent, config.width, config.pixel_range, modes.impl)
+        g, d = Generator(*shape), Discriminator(config.size, config.width, modes.impl)
+        average = Generator(*shape)
+        init_weights(g, random)
+        init_weights(d, random)
+        for network in (g, d, average):
+            network.to(device).to(memory_format=torch.channels_last)
+        self.ema = Ema(g, average, config.batch, config.ema_kimg * 1000)
+        betas, low, impl = (config.beta1, config.beta2), modes.low, modes.impl
+        self.g = Trained(g, config.lr_g, betas, low=low, ema=self.ema, impl=impl)
+        self.d = Trained(d, config.lr_d, betas, low=low, impl=impl)
+        self.random = torch.Generator(device).manual_seed(config.seed)
+        self.feed, self.loader = open_feed(data, config, device, ranks.rank, ranks.world)
+        self.step = Step(
+            self.g,
+            self.d,
+            self.ema,
+            batch=config.batch,
+            random=self.random,
+            pixel_range=config.pixel_range,
+            # two small passes stay in a CPU's caches: 140 img/s against 119 (width 64, batch 128)
+            one_pass=device.type == "cuda",
+            flip=config.flip,
+            compile=modes.compile,
+            impl=impl,
+            ranks=ranks,
+            sync_bn=config.sync_bn,
+        )
+        self.stats = Accumulator(device, impl)
+        self.advance: Callable[[Batch], Any] = self._advance
+        self.step_count = self.images = 0
+
+    def close(self) -> None:
+        """End what works ahead of the steps."""
+        self.feed.close()
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps the run has in all."""
+        config = self.config
+        total = (config.epochs or 0) * self.data.count or (config.kimg or 0) * 1000
+        return self.step_count + max(0, math.ceil((total - self.images) / config.batch))
+
+    @property
+    def total_images(self) -> int:
+        """How many real images those steps take."""
+        return self.images + (self.total_steps - self.step_count) * self.config.batch
+
+    @property
+    def skipped(self) -> int | None:
+        """Steps skipped for an overflow so far, in float16; waits for the device."""
+        return int(self.step.scale.skipped) if self.step.scale.enabled else None
+
+    @property
+    def sharing(self) -> str:
+        """How the processes share a step, in words."""
+        ranks = self.ranks
+        norm = "the statistics of the whole batch (--sync-bn)"
+        if not self.config.sync_bn:
+            norm = "each its own statistics (--sync-bn: the whole batch's); rank 0's are kept"
+        how = "NCCL" if self.device.type == "cuda" else "gloo"
+        share = self.config.batch // ranks.world
+        return f"{ranks.world} by {how}, {share} images each; batch norm by {norm}"
+
+    def next(self) -> None:
+        """One step."""
+        self.take(self.feed.next())
+
+    def take(self, batch: Batch) -> None:
+        """One step, of the feed's next batch."""
+        self.advance(batch)
+        self.step_count += 1
+        self.images += self.config.batch
+
+    def _advance(self, batch: Batch) -> None:
+        self.stats.add(self.step(batch), self.step.health.frozen)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that a step changes and a later one reads."""
+        return [*self.step.tensors(), *self.stats.tensors().values()]
+
+    def warm_up(self) -> None:
+        """Compile the step and capture it, where that is on: a few steps that leave no trace."""
+        if not (self.modes.compile or self.modes.graph):
+            return
+        if self.modes.compile:
+            console.say("warm-up    compiling: up to a minute, unless an earlier run did")
+        began = time.perf_counter()
+        share = self.config.batch // self.ranks.world
+        index = torch.arange(share, device=self.device) % len(self.feed.images)
+        batch = Batch(self.feed.images, index)
+        with compiling.explained():
+            if self.modes.graph:
+                self.advance = Graphed(self._advance, batch, self.tensors(), self.random)
+            else:
+                warm_up(self._advance, batch, self.tensors(), self.random)
+        console.say(f"ready      after a warm-up of {time.perf_counter() - began:.1f} s")
+
+    def undo_frozen(self) -> int:
+        """Go back over the steps that changed nothing, since one of them was not finite
+        (`health.py`): their number, 0 if there are none. Waits for the device.
+        """
+        frozen = int(self.step.health.frozen)
+        if frozen:
+            self.feed.rewind(frozen)
+            self.step_count -= frozen
+            self.images -= frozen * self.config.batch
+        return frozen
+
+    def diagnosis(self) -> dict[str, Any]:
+        """What is known of the step that was not finite, after `undo_frozen` (JSON values)."""
+        return {
+            "step": self.step_count + 1,
+            "kimg": (self.images + self.config.batch) / 1000,
+            "loss_scale": float(self.step.scale.scale) if self.step.scale.enabled else None,
+            "networks": self.step.health.diagnosis(),
+            "last_steps": self.stats.last(self.step_count + 1),
+        }
+
+    # Into a checkpoint, and back.
+
+    def parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Every number of the run, as it is now: the tensors go on changing."""
+        networks = {"g": self.g.network, "d": self.d.network, "ema": self.ema.network}
+        return {
+            "model": _prefixed({name: net.state_dict() for name, net in networks.items()}),
+            "optim": _prefixed({"g": self.g.state(), "d": self.d.state()}),
+            "state": {
+                "random.latents": self.random.get_state(),
+                "ema.steps": self.ema.steps,
+                **_prefixed({"stats": self.stats.tensors()}),
+                **_prefixed({"loss_scale": self.step.scale.tensors()}),
+            },
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """What else a checkpoint holds, as JSON values."""
+        return {
+            "fastgan": __version__,
+            "step": self.step_count,
+            "device": self.device.type,
+            "world": self.ranks.world,
+            "feed": self.feed.state_dict(),
+            "data": {"identity": self.data.identity, "count": self.data.count},
+            "config": to_plain(self.config),
+        }
+
+    def load(
+        self,
+        start: checkpoint.Checkpoint | None,
+        other_images: bool = False,
+        elastic: bool = False,
+    ) -> None:
+        """Put every number back where it was when the checkpoint was written.
+
+        Args:
+            start: on rank 0, which gives the others what it holds.
+            other_images: the set may differ.
+            elastic: the number of processes may differ.
+
+        Raises:
+            UsageError: the data or the number of processes are others.
+            RunError: the checkpoint does not fit.
+        """
+        held = None
+        if start is not None:
+            held = {**start.meta, "name": start.path.name}
+        meta = self.ranks.share(held)
+        with self.ranks.together():
+            self._check_world(meta, elastic)
+            feed = self._feed_position(meta, other_images)
+            if start is not None:
+                self._take(start)
+            try:
+                self.feed.load_state_dict(feed)
+            except ValueError as error:
+                raise RunError(f"checkpoint {meta['name']} is damaged: {error}") from None
+        self._take_random(start, meta)
+        self.ranks.broadcast_(self.tensors())
+        self.step_count, self.images = meta["step"], meta["images"]
+
+    def _take(self, start: checkpoint.Checkpoint) -> None:
+        model, optim, state = (start.tensors(part) for part in checkpoint.PARTS)
+        under = checkpoint.under
+        counts = {"ema.steps": self.ema.steps, **_prefixed({"stats": self.stats.tensors()})}
+        try:
+            self.g.load(under(model, "g."), under(optim, "g."), "g")
+            self.d.load(under(model, "d."), under(optim, "d."), "d")
+            copy_into(self.ema.network.state_dict(), under(model, "ema."), "ema")
+            copy_into(counts, {name: state[name] for name in counts if name in state}, "state")
+            scale, saved = self.step.scale.tensors(), under(state, "loss_scale.")
+            if scale and saved:  # the run may have been in another precision
+                copy_into(scale, saved, "loss scale")
+        except ValueError as error:
+            raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
+        # its unit is a step, of the batch that the run had
+        self.ema.steps.mul_(start.meta["config"]["batch"] / self.config.batch)
+
+    def _take_random(self, start: checkpoint.Checkpoint | None, meta: dict[str, Any]) -> None:
+        if meta["device"] != self.device.type:  # their generators know nothing of each other
+            self.random.manual_seed(self.config.seed + meta["step"])
+            console.warn(f"the run was on {meta['device']}: latents go on from a new seed")
+            return
+        where = self.random.get_state()
+        if start is not None:
+            where = start.tensors("state")["random.latents"]
+        self.ranks.broadcast_([where])
+        self.random.set_state(where)
+
+    def _check_world(self, meta: dict[str, Any], elastic: bool) -> None:
+        was, now = meta["world"], self.ranks.world
+        if was == now:
+            return
+        if not elastic:
+            raise UsageError(
+                f"the run was in {_processes(was)}, and this is {_processes(now)}: start {was}, or "
+                "go on with --elastic (the same images in the same order; not the same bits, since "
+                "sums are added in another order, and batch norm without --sync-bn sees other "
+                "shares)"
+            )
+        console.say(
+            f"elastic    {was} -> {_processes(now)}: the same images in the same order, "
+            "not the same bits"
+        )
+
+    def _feed_position(self, meta: dict[str, Any], other_images: bool) -> dict[str, int]:
+        """Where the feed goes on."""
+        data, config = meta["data"], self.config
+        identity, count = data.get("identity"), data.get("count", 0)
+        if identity is None:  # of the first format: all that is known is how many there were
+            console.warn("an old checkpoint: whether the images are the same cannot be checked")
+            identity = self.data.identity
+        same = (identity, count) == (self.data.identity, self.data.count)
+        if not same and other_images:
+            console.say(f"changed    the set: {count:,} -> {self.data.count:,} images")
+            epoch, offset = divmod(meta["images"], self.data.count)
+            return {"epoch": epoch, "offset": offset}
+        if identity != self.data.identity:
+            raise UsageError(
+                f"--data {config.data} is not what the run was trained on: {count:,} images then, "
+                f"{self.data.count:,} now, or other files; start a new run, or go on with "
+                "--allow-change data"
+            )
+        if not same:
+            was = meta["config"]
+            raise UsageError(
+                f"--data {config.data} has {self.data.count:,} images by --loader "
+                f"{config.loader} and --decoder {config.decoder}, and had {count:,} by "
+                f"{was.get('loader')} and {was.get('decoder')}: a cache leaves out what cannot be "
+                "decoded, on the fly others stand in for it; go on with those, or with "
+                "--allow-change data"
+            )
+        return meta["feed"]
+
+    # Among several processes.
+
+    def check_same_data(self) -> None:
+        """`RunError` unless every rank has the same images."""
+        named = json.dumps([self.data.identity, self.data.count], sort_keys=True).encode()
+        if not self.ranks.same(int.from_bytes(hashlib.sha256(named).digest()[:6])):
+            raise RunError(
+                f"--data {self.config.data} is not the same set for all ranks: let all of them "
+                "read one folder, or copies with the same names, sizes and times",
+                everywhere=True,
+            )
+
+    def check_same_weights(self) -> None:
+        """`RunError` unless every rank has the same weights, to the last bit."""
+        if self.ranks.world == 1:
+            return
+        with torch.no_grad():
+            params = [*self.g.network.parameters(), *self.d.network.parameters()]
+            total = torch.stack([p.double().sum() for p in params]).sum()
+        if not self.ranks.same(float(total)):
+            raise RunError(
+                f"the ranks' weights have come apart by step {self.step_count:,}: one of them "
+                "computes otherwise (another card, another library?); go on from the checkpoint "
+                "before, on machines that are alike",
+                everywhere=True,
+            )
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _prefixed(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{group}.{name}": t for group, part in groups.items() for name, t in part.items()}
