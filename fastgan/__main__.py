@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 
 def main() -> int:
@@ -17,7 +18,13 @@ def main() -> int:
 
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return cli()
+        code = cli()
+        if any(thread.name.startswith("fastgan") for thread in threading.enumerate()):
+            # Who was told twice to end leaves a thread that writes. The interpreter's end would
+            # stop that in the midst of C++, which ends the process by SIGABRT.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     except KeyboardInterrupt:  # just before cli has an answer of its own
         return _interrupted()
 

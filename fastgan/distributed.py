@@ -265,7 +265,7 @@ class Watcher:
         self._store, self._rank = store, rank
         self._others = [other for other in range(world) if other != rank]
         self._left = threading.Event()
-        self._last = "failed"  # of this rank's signs
+        self._failed = False
         self._answers = 0  # of the store
         self._signs: dict[int, str] = {}  # the last of each other rank that has come
         self._silent = dict.fromkeys(self._others, 0)  # beats since then
@@ -277,8 +277,8 @@ class Watcher:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self, failed: bool) -> None:
-        """Give no more signs but a last one, and look for none."""
-        self._last = "failed" if failed else "done"
+        """Give no more signs, but that it has failed, and look for none."""
+        self._failed = failed
         self._left.set()
         self._asking.join(BEAT_S)
 
@@ -296,13 +296,14 @@ class Watcher:
             while True:
                 self._store.set(mine, str(beats))
                 come = [o for o in self._others if o in self._signs or self._store.check([_key(o)])]
-                signs = self._store.multi_get([_key(other) for other in come])
+                signs = self._store.multi_get([_key(other) for other in come]) if come else []
                 self._signs = {o: sign.decode() for o, sign in zip(come, signs, strict=True)}
                 self._answers += 1
                 if self._left.wait(BEAT_S):
                     break
                 beats += 1
-            self._store.set(mine, self._last)
+            if self._failed:
+                self._store.set(mine, "failed")
         except RuntimeError as error:
             self._gone = _first_line(error)
 
@@ -342,7 +343,7 @@ class Watcher:
         for other, beats in self._silent.items():
             if other not in signs and beats * BEAT_S > MEET_S:
                 return f"rank {other} has not come within {MEET_S:g} s"
-            if other in signs and signs[other] != "done" and beats * BEAT_S > SILENT_S:
+            if other in signs and beats * BEAT_S > SILENT_S:
                 return f"rank {other} has been silent for {SILENT_S:g} s"
         return ""
 
@@ -350,7 +351,7 @@ class Watcher:
         silent = [
             str(other)
             for other, beats in self._silent.items()
-            if beats >= 2 and self._signs.get(other) not in ("done", "failed")
+            if beats >= 2 and self._signs.get(other) != "failed"
         ]
         return f"rank {' and '.join(silent)} gives no sign of life" if silent else ""
 

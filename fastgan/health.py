@@ -145,5 +145,7 @@ def _side_by_side(buffers: Sequence[Tensor], device: torch.device) -> Tensor:
     for buffer, start in zip(buffers, starts, strict=True):
         part = whole[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
         part.copy_(buffer)
-        buffer.data = part
+        # torch.compile refuses tensors of one storage that are views of it by several types: each
+        # gets a storage of its own, on the same memory
+        buffer.data = torch.from_dlpack(part)
     return whole.view(torch.int64)

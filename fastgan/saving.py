@@ -56,7 +56,7 @@ class Saver:
         if self._thread is None:
             # a daemon: who is told twice to end does not wait for the disk, and the next save
             # sweeps what lies there half-written
-            self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="fastgan saver", daemon=True)
             self._thread.start()
         parts, ready = self._staging.take(parts)
         self._save = _Save(images, parts, copy.deepcopy(meta), ready)
@@ -85,6 +85,7 @@ class Saver:
         self._wait()
         if self._thread is not None:
             self._jobs.put(None)
+            self._thread.join()
             self._thread = None
         try:
             self._report()
@@ -126,7 +127,9 @@ class Saver:
         """The thread: one save after another, until there is a None."""
         while (save := self._jobs.get()) is not None:
             self._write(save)
-            save.ended.set()
+            ended = save.ended
+            del save  # what frees tensors must not be this thread, while the interpreter ends
+            ended.set()
 
     def _write(self, save: _Save) -> None:
         """No memory of a GPU is taken here: the caller may be capturing."""

@@ -241,8 +241,8 @@ def stopped(ranks, caught_at, step_s):
 @pytest.mark.parametrize(
     ("caught_at", "number"),
     [
-        ({0: (700, signal.SIGTERM)}, signal.SIGTERM),
-        ({1: (700, signal.SIGUSR1)}, signal.SIGUSR1),
+        ({0: (400, signal.SIGTERM)}, signal.SIGTERM),
+        ({1: (400, signal.SIGUSR1)}, signal.SIGUSR1),
         ({1: (100, signal.SIGINT)}, signal.SIGINT),
         # at one and the same step, so that both are asked at once
         ({0: (100, signal.SIGINT), 1: (100, signal.SIGTERM)}, signal.SIGTERM),

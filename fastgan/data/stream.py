@@ -94,7 +94,9 @@ class StreamFeed(Feed):
         for slot in range(SLOTS):
             self._free.put(slot)
         batches = self._fetch(_walk(deepcopy(self._sampler)))  # here: `interrupt` may come at once
-        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._fill, args=(batches,), name="fastgan feed", daemon=True
+        )
         self._thread.start()
 
     def _fill(self, batches: Iterator[np.ndarray | torch.Tensor]) -> None:

@@ -77,13 +77,15 @@ def _guard_torch(
     unlike a sum it is finite whenever all elements are.
     """
     wide = torch.float64 if torch.float64 in {t.dtype for t in (*grads, loss)} else torch.float32
-    sizes = [loss.new_zeros((), dtype=wide)] * len(grads)  # of those without elements
+    sizes: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(g.dtype for g in grads):  # PyTorch's kernel takes one at a time
         which = [i for i, g in enumerate(grads) if g.dtype == dtype and g.numel()]
         norms = torch._foreach_norm([grads[i] for i in which], INF, dtype=wide) if which else ()
-        for i, norm in zip(which, norms, strict=True):
-            sizes[i] = norm
-    wrong = ~(torch.stack([*sizes, loss.abs().to(wide)]) < INF)
+        sizes |= zip(which, norms, strict=True)
+    for i in set(range(len(grads))) - set(sizes):  # without elements
+        sizes[i] = loss.new_zeros((), dtype=wide)
+    ordered = [sizes[i] for i in range(len(grads))]
+    wrong = ~(torch.stack([*ordered, loss.abs().to(wide)]) < INF)
     now, over, fatal = wrong[:-1], wrong[:-1].any(), wrong[-1]
     fatal = fatal | (over if scale is None else over & (scale <= least))
     stop = fatal | (bad > 0)

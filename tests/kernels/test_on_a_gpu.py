@@ -4,14 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan_kernels import Adam, Average, BatchNormAct2d, _launch, bn_act, gather_u8
+from fastgan_kernels import (
+    Adam,
+    Average,
+    BatchNormAct2d,
+    _launch,
+    bn_act,
+    gather_u8,
+    guard,
+    tally,
+)
 
 pytestmark = pytest.mark.gpu
 
 
 class Walk:
-    """Gather, two layers forward and backward, Adam with its copies: all operators, on static
-    buffers.
+    """Gather, two layers forward and backward, the watch, Adam with its copies, statistics: all
+    operators, on static buffers. `adam`: the implementation of what follows the passes.
     """
 
     def __init__(self, dtype, adam="triton"):
@@ -34,6 +43,17 @@ class Walk:
         self.low = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
         self.adam = Adam(params, 1e-2, low=self.low, average=average, impl=adam)
         self.average = average
+        self.impl = adam
+        self.frozen = torch.zeros((), dtype=torch.int64, device=cuda)
+        self.watch = {
+            "flags": torch.zeros(len(params), dtype=torch.int32, device=cuda),
+            "bad": torch.zeros((), dtype=torch.bool, device=cuda),
+            "frozen": self.frozen,
+            "lost": torch.zeros((), device=cuda),
+            "found": torch.zeros((), device=cuda),
+        }
+        sums = torch.zeros(3, dtype=torch.float64, device=cuda)
+        self.stats = (sums, sums.repeat(4, 1), torch.zeros_like(self.frozen))
 
     def draw(self, seed):
         random = torch.Generator().manual_seed(seed)
@@ -44,11 +64,16 @@ class Walk:
         x = gather_u8(self.images, self.index, self.flip, dtype=self.dtype, impl="triton")
         y = self.second(self.conv(self.first(x, 2).float()).to(self.dtype), 2)
         self.adam.zero_grad(set_to_none=True)
-        y.float().square().mean().backward()
+        loss = y.float().square().mean()
+        loss.backward()
+        grads = [p.grad for p in self.nets.parameters()]
+        guard(grads, loss.detach(), **self.watch, last=True, impl=self.impl)
         self.adam.step()
+        mean = y.detach().float().mean()
+        tally([loss.detach(), mean], self.frozen, *self.stats, impl=self.impl)
 
     def state(self):
-        return [*self.nets.buffers(), *self.held()]
+        return [*self.nets.buffers(), *self.held(), *self.watch.values(), *self.stats]
 
     def held(self):
         """What a step with found_inf leaves alone."""
@@ -102,6 +127,33 @@ def test_a_graph_gives_the_bits_of_the_plain_calls(dtype, scaled, adam):
     assert float(step) == 7 - scaled
 
 
+@pytest.mark.parametrize("adam", ["triton", "torch"])
+def test_a_graph_freezes_as_the_plain_calls_do(adam):
+    plain, graphed = Walk(torch.bfloat16, adam), Walk(torch.bfloat16, adam)
+    for walk in (plain, graphed):
+        walk.adam.found_inf = walk.watch["found"]
+    graph = captured(graphed)
+    plain.draw(0)
+    plain(), plain()
+    for seed in range(1, 6):
+        for walk in (plain, graphed):
+            walk.draw(seed)
+            if seed == 3:
+                walk.nets[1].weight.data[5, 1, 2, 3] = torch.nan
+        before = [t.clone() for t in graphed.held()]
+        plain()
+        graph.replay()
+        pairs = list(zip(graphed.state(), plain.state(), strict=True))
+        pairs += zip(graphed.held(), before, strict=True) if seed >= 3 else ()
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert int(plain.frozen) == 3 and float(plain.watch["found"]) == 1
+    assert plain.watch["flags"][2] == 1  # of the weight itself
+    sums, recent, count = plain.stats
+    assert sums[2] == 4 and sums.isfinite().all() and int(count) == 5
+    assert recent[0, 0].isnan() and recent[1:].isfinite().all()
+
+
 def test_a_capture_that_finds_no_counters_takes_its_own(monkeypatch):
     plain, graphed = Walk(torch.float32), Walk(torch.float32)
     for walk in (plain, graphed):
@@ -121,7 +173,7 @@ def test_a_capture_that_finds_no_counters_takes_its_own(monkeypatch):
 @pytest.mark.parametrize("adam", ["triton", "torch"])
 def test_nothing_waits_for_the_gpu(adam):
     walk = Walk(torch.bfloat16, adam)
-    walk.adam.found_inf = torch.zeros((), device="cuda")
+    walk.adam.found_inf = walk.watch["found"]
     walk.draw(0)
     walk()
     torch.cuda.set_sync_debug_mode("error")
