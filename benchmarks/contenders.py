@@ -25,7 +25,7 @@ from fastgan.models import Discriminator, Generator
 from fastgan.optim import Ema, Trained
 from fastgan.reference import Reference, make_discriminator, make_generator
 from fastgan.state import State
-from fastgan.step import Step, frozen
+from fastgan.step import Step, without_gradients
 
 LR, BETAS, SEED = 2e-4, (0.5, 0.999), 7
 Networks, Adams = Sequence[nn.Module], Sequence[torch.optim.Optimizer]
@@ -178,7 +178,7 @@ class Tuned(Contender):
         self.scaler.scale(loss).backward()
         self.scaler.step(adam_d)
         adam_g.zero_grad()
-        with frozen(self.networks[1]) if self.freeze else nullcontext(), self._autocast():
+        with without_gradients(self.networks[1]) if self.freeze else nullcontext(), self._autocast():
             loss = self.criterion(self.d(fake).view(-1), self.ones)
         self.scaler.scale(loss).backward()
         self.scaler.step(adam_g)

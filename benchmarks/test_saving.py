@@ -61,7 +61,7 @@ def test_saving(way, scale, device, record_rows, benchmark, tmp_path, monkeypatc
         first_ms = 1000 * runs.begin(saver)
         saver.finish()
         size = runs.check_newest(tmp_path / "thread")
-        step_s = stretch_ms(state.next, 2, device) / 1000
+        step_s = stretch_ms(lambda: runs.steps(1), 2, device) / 1000
         steps = math.ceil(COVER * written[-1] / step_s) + 1
 
         def measure() -> list[dict[str, float]]:
@@ -133,7 +133,7 @@ class Runs:
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            self.state.next()
+            self.state.take(self.state.feed.next())
         if GPU:
             torch.cuda.synchronize()
 

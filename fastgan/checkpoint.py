@@ -34,7 +34,7 @@ from torch import Tensor
 from . import console, formats
 from .durable import check_space, flush_folder, replace_file, write_flushed
 from .errors import RunError, UsageError
-from .tensor_file import file_bytes, write_tensors
+from .tensor_file import Tensors, file_bytes, write_tensors
 
 PARTS = ("model", "optim", "state")
 META, BEST = "meta.json", "best.json"
@@ -81,9 +81,7 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def save(
-    folder: Path, images: int, parts: Mapping[str, Mapping[str, Tensor]], meta: dict[str, Any]
-) -> Path:
+def save(folder: Path, images: int, parts: Mapping[str, Tensors], meta: dict[str, Any]) -> Path:
     """Write one checkpoint into `folder` and return its path.
 
     Raises:
@@ -211,8 +209,9 @@ def _kimg(path: Path) -> Decimal:
     return Decimal(path.name.removesuffix("kimg"))
 
 
-def set_aside_newer(run: Path, images: int) -> list[Path]:
-    """Move checkpoints of more than `images` into checkpoints/set-aside, and say where they are.
+def set_aside_newer(run: Path, images: int, start: Path | None = None) -> list[Path]:
+    """Move checkpoints of `images` and more, but for the one at `start`, into
+    checkpoints/set-aside, and say where they are.
 
     A run that goes on from an earlier point (by choice, or because the newest were damaged) comes
     by their names again, with other contents.
@@ -220,12 +219,15 @@ def set_aside_newer(run: Path, images: int) -> list[Path]:
     aside = run / "checkpoints" / "set-aside"
     moved = []
     for path in checkpoints(run):
-        if _kimg(path) * 1000 > images:
+        if _kimg(path) * 1000 >= images and path != start:
             if path.name == _best_name(run):
                 (run / BEST).unlink()  # another will have its name
             aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / path.name, ignore_errors=True)  # set aside once before
-            moved.append(path.rename(aside / path.name))
+            free, count = aside / path.name, 1
+            while free.exists():  # set aside once before
+                count += 1
+                free = aside / f"{path.name}-{count}"
+            moved.append(path.rename(free))
     return moved
 
 

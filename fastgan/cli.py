@@ -48,7 +48,7 @@ ABOUT = "Train DCGAN-family face generators at the speed of the card."
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
-    0; 1 for a failure, 2 for wrong usage; 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP.
+    0; 1 for a failure, 2 for wrong usage; 130, 143, 138, 129 for Ctrl-C, SIGTERM, SIGUSR1, SIGHUP.
     """
     _ready_streams()
     args = list(sys.argv[1:] if argv is None else argv)
@@ -240,13 +240,12 @@ def run(command: Any) -> int:
         if command.dry_run:
             _print_once(to_toml(config))
             return 0
-        from .resume import allowed_changes
         from .trainer import train
 
         return train(
             config,
             resume=command.resume,
-            allow_change=allowed_changes(command.allow_change),
+            allow_change=command.allow_change,
             elastic=command.elastic,
             exit_zero=command.exit_zero,
         )

@@ -15,21 +15,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
+from .signals import deadly
 
 MEET_S = 600.0  # for all ranks to come
 BEAT_S = 1.0  # between two signs of life
 # Without one for so long, and a rank is taken for dead: longer than a file server that is away may
 # hold up a process as a whole.
-SILENT_S = 60.0
-GRACE_S = 10.0  # for a rank to end by itself once another is gone
+SILENT_S = 35.0
+GRACE_S = 15.0  # for a rank to end by itself once another is gone; both within a minute
 ASK_S = 0.5  # between two times that the ranks ask each other whether to stop
 PATIENCE = timedelta(days=7)  # of a collective: ranks that live may take their time, see Watcher
 MESSAGE_BYTES = 4096  # of an error that all ranks are told
@@ -81,10 +82,13 @@ class Ranks:
         """
         if self.world == 1 or wanted == "cpu" or not torch.cuda.is_available():
             return
-        if self.local_world > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+            return  # a launcher's, which shows each process its own
+        if self.local_world > count:
             raise UsageError(
-                f"{self.local_world} processes share this machine's {torch.cuda.device_count()} "
-                "GPUs: start one process a GPU (torchrun --nproc-per-node), or add --device cpu",
+                f"{self.local_world} processes share this machine's {count} GPUs: start one "
+                "process a GPU (torchrun --nproc-per-node), or add --device cpu",
                 everywhere=True,
             )
         torch.cuda.set_device(self.local)
@@ -103,21 +107,27 @@ class Ranks:
         global _joined
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         try:
-            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEET_S))))
-            # before the rest of it, in which the others may be gone already
-            self._watcher = Watcher(store.clone(), self.rank, self.world)
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.world, timeout=PATIENCE
-            )
-            self.barrier()
+            with deadly():  # this waits in C++, and there is nothing to save yet
+                store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEET_S))))
+                # before the rest of it, in which the others may be gone already
+                self._watcher = Watcher(store.clone(), self.rank, self.world)
+                dist.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=self.world, timeout=PATIENCE
+                )
+                self.barrier()
         except BaseException as error:
             self.leave(failed=True)
             if not isinstance(error, RuntimeError | ValueError | OSError):
                 raise
             raise RunError(
-                f"the {self.world} processes of the run could not meet: {_first_line(error)}"
+                f"the {self.world} processes of the run could not meet: {first_line(error)}"
             ) from None
         _joined = self
+
+    def fail(self) -> None:
+        """Let the others know at once that this process has failed, and take its time to end."""
+        if self._watcher is not None:
+            self._watcher.stop(failed=True)
 
     def leave(self, failed: bool) -> None:
         """Say so to the others; after a failure they end, too, and so does this process."""
@@ -125,17 +135,19 @@ class Ranks:
         if self._watcher is None:
             return
         if not failed:
-            with suppress(RunError):
+            try:
                 self.barrier()  # nobody leaves, and takes the store along, before all are done
+            except RunError:
+                failed = True  # to others; this one's work is done
         watcher, self._watcher, _joined = self._watcher, None, Ranks()
         watcher.stop(failed)
-        if failed:
-            # what waits on a GPU for a rank that is gone may hold up the interpreter's own end,
-            # when no thread of Python runs any more
-            nowhere = open(os.devnull, "w")  # noqa: SIM115 - faulthandler's from here on
-            faulthandler.dump_traceback_later(GRACE_S, exit=True, file=nowhere)
-        else:
+        # What waits on a GPU for a rank that is gone may hold up the interpreter's own end, when no
+        # thread of Python runs any more.
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 - faulthandler's from here on
+        faulthandler.dump_traceback_later(GRACE_S, exit=True, file=nowhere)
+        if not failed:
             torch.distributed.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
 
     # What is added up.
 
@@ -183,7 +195,8 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails in the block on one rank fails on all: with the same error, which rank 0
-        tells.
+        tells. An OSError becomes a RunError; all other kinds are this rank's own, and end the
+        others by its end.
         """
         if self.world == 1:
             yield
@@ -193,6 +206,8 @@ class Ranks:
             yield
         except (UsageError, RunError) as error:
             failed = error
+        except OSError as error:
+            failed = RunError(str(error))
         mark = 0 if failed is None else 1 if isinstance(failed, UsageError) else 2
         text = b"" if failed is None else str(failed).encode()[: MESSAGE_BYTES - 1]
         row = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
@@ -221,7 +236,7 @@ class Ranks:
         except RuntimeError as error:
             reason = self._watcher.reason(GRACE_S / 2) if self._watcher else ""
             raise RunError(
-                f"another process of the run has ended ({reason or _first_line(error)}); its "
+                f"another process of the run has ended ({reason or first_line(error)}); its "
                 "own last lines say why"
             ) from None
 
@@ -305,7 +320,7 @@ class Watcher:
             if self._failed:
                 self._store.set(mine, "failed")
         except RuntimeError as error:
-            self._gone = _first_line(error)
+            self._gone = first_line(error)
 
     def _watch(self) -> None:
         """Look for the others' signs, and end this process some time after they have ended.
@@ -403,8 +418,3 @@ class Mean:
         self._flat.div_(self._ranks.world)
         torch._foreach_copy_(list(grads), self._parts)
         return self._numbers.clone().unbind()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

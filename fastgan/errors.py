@@ -21,6 +21,12 @@ class RunError(FastganError):
     """Work that started rightly and could not be finished: a damaged file, a full disk (exit 1)."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or NumPy is a lack of memory: a CPU's allocator and the libraries
     on a GPU have no error of their own for it.

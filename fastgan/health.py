@@ -3,7 +3,8 @@ host once a tick.
 
 From the first step whose loss or gradients are not finite on, nothing changes any more: weights,
 moments, running statistics and the average stay those of the step before, until the host reads
-`frozen` and ends the run with them. An overflow of float16's scaled gradients is no such step: its
+`frozen` and ends the run with them. Where it was G's, D has taken its update of that step, which is
+right, and keeps it. An overflow of float16's scaled gradients is no such step: its
 optimizer skips it, the scale is lowered, and it is counted (`precision.LossScale`).
 """
 
@@ -125,7 +126,7 @@ def explain(diagnosis: Mapping[str, Any], saved: str, config: TrainConfig) -> st
         remedies.append("--no-amp (float32)")
     return (
         f"step {diagnosis['step']:,} ({diagnosis['kimg']:g} kimg) was not finite, and was not "
-        f"applied: {where}; {saved}. To go on, try it with {', or '.join(remedies)}"
+        f"applied: {where}; {saved}; try {', or '.join(remedies)}"
     )
 
 

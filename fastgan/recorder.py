@@ -21,7 +21,7 @@ from .config import to_plain
 from .data.loader import Data
 from .data.on_the_fly import OnTheFly
 from .env import environment, machine_line
-from .errors import RunError
+from .errors import RunError, first_line, is_out_of_memory
 from .runlog import Run
 from .samples import generate, grid, latents, save_picture
 from .saving import Saver
@@ -49,7 +49,8 @@ class Recorder:
         self.config = state.config
         self.saver = Saver(run.path, self.config.keep_checkpoints)
         self._open = ExitStack()
-        self._diversity: float | None = None  # of a grid since the last tick
+        # of a grid since the last tick
+        self._diversity = start.meta.get("diversity") if start is not None else None
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and end the log."""
@@ -67,7 +68,9 @@ class Recorder:
             (run.path / "samples").mkdir(exist_ok=True)
             run.write("config.json", to_plain(self.config))
             run.write("env.json", environment(state.device))
-            moved = checkpoint.set_aside_newer(run.path, state.images)
+            moved = checkpoint.set_aside_newer(
+                run.path, state.images, self.start.path if self.start is not None else None
+            )
             self.log = StatsLog(run.path, state.step_count)
             run.status("running", state.step_count, state.images)
         except OSError as error:
@@ -105,7 +108,13 @@ class Recorder:
         state, config = self.state, self.config
         path = self.run.path / "samples" / f"fake-{checkpoint.kimg_name(state.images)}.png"
         fixed = latents(config.seed, config.grid, config.latent)
-        images = torch.cat(list(generate(state.ema.network, fixed)))
+        try:
+            images = torch.cat(list(generate(state.ema.network, fixed)))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            console.warn(f"no memory for {path.name} ({first_line(error)}); training goes on")
+            return
         with self._going_on(path.name):
             save_picture(grid(images), path)
         with self._going_on("losses.png"):
@@ -127,7 +136,8 @@ class Recorder:
 
     def save(self) -> None:
         """Begin a checkpoint of the state as it is now."""
-        self.saver.begin(self.state.images, self.state.parts(), self.state.meta())
+        meta = {**self.state.meta(), "diversity": self._diversity}
+        self.saver.begin(self.state.images, self.state.parts(), meta)
         with self._going_on("run.json"):
             self.run.status("running", self.state.step_count, self.state.images)
 
@@ -151,15 +161,15 @@ class Recorder:
         words, what came of it.
         """
         run, said = self.run.path, []
-        try:
-            self.save_now()
-            said.append(f"the weights before it are in {checkpoint.kimg_name(self.state.images)}")
-        except RunError as error:
-            said.append(str(error))
         with self._going_on("diagnosis.json"):
             self.run.write("diagnosis.json", diagnosis)
-            said.append(f"what is known in {run / 'diagnosis.json'}")
-        return f"{', '.join(said)}; fastgan train --resume {shlex.quote(str(run))}"
+            said.append(f"what is known of it is in {run / 'diagnosis.json'}")
+        try:
+            self.save_now()
+            said.append(f"what was before it in {checkpoint.kimg_name(self.state.images)}")
+        except Exception as error:  # whatever it is, the step's story comes first
+            said.append(f"what was before it could not be saved ({first_line(error)})")
+        return f"{', '.join(said)}; fastgan train --resume {shlex.quote(str(run))} goes on"
 
     def end(self, status: str, signal_: int = 0) -> None:
         """How the run ended: done, failed, or preempted (by a signal that it was saved after)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, console
+from .tensor_file import Plain, plain
 
 Parts = Mapping[str, Mapping[str, Tensor]]
+QUERY_S = 0.001  # between two looks whether the copy has come from the GPU
 POLL_S = 0.2  # a wait without a limit would hold back a signal where another thread gets it
 ALIGN_BYTES = 64  # of each tensor's place in the copy
 
@@ -58,8 +61,8 @@ class Saver:
             # sweeps what lies there half-written
             self._thread = threading.Thread(target=self._work, name="fastgan saver", daemon=True)
             self._thread.start()
-        parts, ready = self._staging.take(parts)
-        self._save = _Save(images, parts, copy.deepcopy(meta), ready)
+        copied, ready = self._staging.take(parts)
+        self._save = _Save(images, copied, copy.deepcopy(meta), ready)
         self._jobs.put(self._save)
 
     def collect(self) -> None:
@@ -85,7 +88,7 @@ class Saver:
         self._wait()
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            self._thread.join()  # torch aborts a process that ends while a thread frees its tensors
             self._thread = None
         try:
             self._report()
@@ -132,10 +135,12 @@ class Saver:
             ended.set()
 
     def _write(self, save: _Save) -> None:
-        """No memory of a GPU is taken here: the caller may be capturing."""
+        """Nothing of torch is called here that lets go of Python's lock on the way (`Plain`), and
+        no memory of a GPU is taken: the caller may be capturing.
+        """
         try:
-            if save.ready is not None:
-                save.ready.synchronize()
+            while save.ready is not None and not save.ready.query():
+                time.sleep(QUERY_S)
             checkpoint.save(self._run / "checkpoints", save.images, save.parts, save.meta)
             save.undeleted = checkpoint.prune(self._run, self._keep)
         except BaseException as error:
@@ -151,7 +156,7 @@ class _Save:
     """One save, and what came of it, which the caller reads when it has ended."""
 
     images: int
-    parts: Parts
+    parts: Mapping[str, Mapping[str, Plain]]
     meta: dict[str, Any]
     ready: torch.cuda.Event | None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -172,10 +177,10 @@ class _Staging:
         self._side: torch.cuda.Stream | None = None
 
     @torch.no_grad()
-    def take(self, parts: Parts) -> tuple[dict[str, dict[str, Tensor]], torch.cuda.Event | None]:
-        """The tensors as they are now, row-major in the host's memory, each in a place of its own
-        even if some share one; and the event that says that they are there, where they come from a
-        GPU. They stay until the next call.
+    def take(self, parts: Parts) -> tuple[dict[str, dict[str, Plain]], torch.cuda.Event | None]:
+        """The tensors as they are now, in the host's memory, each in a place of its own even if
+        some share one; and the event that says that they are there, where they come from a GPU.
+        They stay until the next call.
         """
         flat = [(part, name, t) for part, tensors in parts.items() for name, t in tensors.items()]
         flat.sort(key=lambda item: not _on_gpu(item[2]))  # stable: the order of the parts within
@@ -190,15 +195,15 @@ class _Staging:
         ready = self._from_gpu(on_gpu, self._host) if on_gpu else None
         for view, t in zip(views[len(on_gpu) :], tensors[len(on_gpu) :], strict=True):
             view.copy_(t)
-        copied: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+        copied: dict[str, dict[str, Plain]] = {part: {} for part in parts}
         for (part, name, _), view in zip(flat, views, strict=True):
-            copied[part][name] = view
+            copied[part][name] = plain(view)
         return copied, ready
 
     def _from_gpu(self, tensors: list[Tensor], host: Tensor) -> torch.cuda.Event:
         """Copy tensors of one GPU to the front of `host`, and return the event of its end."""
         device = tensors[0].device
-        ready = torch.cuda.Event(blocking=True)  # the thread sleeps until then
+        ready = torch.cuda.Event()
         current = torch.cuda.current_stream(device)
         total = sum(map(_room, tensors))
         try:

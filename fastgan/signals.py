@@ -47,6 +47,16 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def deadly() -> Iterator[None]:
+    """Ctrl-C and `TERMINATING` inside the block end the process as if nobody had a handler: what
+    waits in C++ comes to none.
+    """
+    before = {number: signal.getsignal(number) for number in [signal.SIGINT, *TERMINATING]}
+    with _handlers({n: signal.SIG_DFL for n, was in before.items() if was != signal.SIG_IGN}):
+        yield
+
+
+@contextmanager
 def noted() -> Iterator[list[int]]:
     """Ctrl-C and `TERMINATING` inside the block go into its list, where the first one is the one to
     end by; a second one, SAME_S or more after it, raises.
@@ -70,7 +80,9 @@ def noted() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _handlers(handlers: dict[signal.Signals, Callable[..., Any]]) -> Iterator[None]:
+def _handlers(
+    handlers: dict[signal.Signals, Callable[..., Any] | signal.Handlers],
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; a caller that trains in another has its own
         return

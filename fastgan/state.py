@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from .config import TrainConfig, to_plain
 from .data.feed import Batch
 from .data.loader import Data, open_feed
 from .distributed import Ranks
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 from .graph import Graphed, warm_up
 from .models import Discriminator, Generator, init_weights
 from .modes import Modes
 from .optim import Ema, Trained, copy_into
 from .stats import Accumulator
 from .step import Step
+
+AHEAD = 4  # steps of a GPU that the host queues before it waits
 
 
 class State:
@@ -75,10 +78,13 @@ class State:
         self.stats = Accumulator(device, impl)
         self.advance: Callable[[Batch], Any] = self._advance
         self.step_count = self.images = 0
+        self._looked = (0, self.random.get_state())  # at the last step known to be finite
+        self._pace = Pace(device)
 
     def close(self) -> None:
-        """End what works ahead of the steps."""
+        """End what works ahead of the steps, and let go of the graph: NCCL waits for that."""
         self.feed.close()
+        self.advance = self._advance
 
     @property
     def total_steps(self) -> int:
@@ -108,12 +114,9 @@ class State:
         share = self.config.batch // ranks.world
         return f"{ranks.world} by {how}, {share} images each; batch norm by {norm}"
 
-    def next(self) -> None:
-        """One step."""
-        self.take(self.feed.next())
-
     def take(self, batch: Batch) -> None:
         """One step, of the feed's next batch."""
+        self._pace.wait()
         self.advance(batch)
         self.step_count += 1
         self.images += self.config.batch
@@ -151,17 +154,26 @@ class State:
             self.feed.rewind(frozen)
             self.step_count -= frozen
             self.images -= frozen * self.config.batch
+            at, state = self._looked
+            self.random.set_state(state)
+            for _ in range(self.step_count - at):
+                self.step.draw()
+        self._looked = (self.step_count, self.random.get_state())
         return frozen
 
     def diagnosis(self) -> dict[str, Any]:
-        """What is known of the step that was not finite, after `undo_frozen` (JSON values)."""
-        return {
+        """What is known of the step that was not finite, after `undo_frozen` (JSON values); from
+        here on it is out of the statistics, too.
+        """
+        found = {
             "step": self.step_count + 1,
             "kimg": (self.images + self.config.batch) / 1000,
             "loss_scale": float(self.step.scale.scale) if self.step.scale.enabled else None,
             "networks": self.step.health.diagnosis(),
             "last_steps": self.stats.last(self.step_count + 1),
         }
+        self.stats.drop_last()
+        return found
 
     # Into a checkpoint, and back.
 
@@ -212,20 +224,24 @@ class State:
         if start is not None:
             held = {**start.meta, "name": start.path.name}
         meta = self.ranks.share(held)
+        random = self.random.get_state()
         with self.ranks.together():
             self._check_world(meta, elastic)
             feed = self._feed_position(meta, other_images)
             if start is not None:
-                self._take(start)
+                random = self._take(start)
             try:
                 self.feed.load_state_dict(feed)
             except ValueError as error:
                 raise RunError(f"checkpoint {meta['name']} is damaged: {error}") from None
-        self._take_random(start, meta)
-        self.ranks.broadcast_(self.tensors())
+        self.ranks.broadcast_([*self.tensors(), random])
+        self.random.set_state(random)
         self.step_count, self.images = meta["step"], meta["images"]
+        self._looked = (self.step_count, random)
 
-    def _take(self, start: checkpoint.Checkpoint) -> None:
+    def _take(self, start: checkpoint.Checkpoint) -> torch.Tensor:
+        """A checkpoint's numbers; returns the state of the random numbers to go on from."""
+        meta = start.meta
         model, optim, state = (start.tensors(part) for part in checkpoint.PARTS)
         under = checkpoint.under
         counts = {"ema.steps": self.ema.steps, **_prefixed({"stats": self.stats.tensors()})}
@@ -237,21 +253,17 @@ class State:
             scale, saved = self.step.scale.tensors(), under(state, "loss_scale.")
             if scale and saved:  # the run may have been in another precision
                 copy_into(scale, saved, "loss scale")
-        except ValueError as error:
-            raise RunError(f"checkpoint {start.path} does not fit this run: {error}") from None
-        # its unit is a step, of the batch that the run had
-        self.ema.steps.mul_(start.meta["config"]["batch"] / self.config.batch)
-
-    def _take_random(self, start: checkpoint.Checkpoint | None, meta: dict[str, Any]) -> None:
-        if meta["device"] != self.device.type:  # their generators know nothing of each other
-            self.random.manual_seed(self.config.seed + meta["step"])
-            console.warn(f"the run was on {meta['device']}: latents go on from a new seed")
-            return
-        where = self.random.get_state()
-        if start is not None:
-            where = start.tensors("state")["random.latents"]
-        self.ranks.broadcast_([where])
-        self.random.set_state(where)
+            # its unit is a step, of the batch that the run had
+            self.ema.steps.mul_(meta["config"]["batch"] / self.config.batch)
+            if meta["device"] == self.device.type:
+                self.random.set_state(state["random.latents"])
+                return state["random.latents"]
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = first_line(error)
+            raise RunError(f"checkpoint {start.path} does not fit this run: {reason}") from None
+        # their generators know nothing of each other
+        console.warn(f"the run was on {meta['device']}: latents go on from a new seed")
+        return self.random.manual_seed(self.config.seed + meta["step"]).get_state()
 
     def _check_world(self, meta: dict[str, Any], elastic: bool) -> None:
         was, now = meta["world"], self.ranks.world
@@ -311,19 +323,50 @@ class State:
             )
 
     def check_same_weights(self) -> None:
-        """`RunError` unless every rank has the same weights, to the last bit."""
+        """`RunError` unless every rank has the same weights and moments, to the last bit."""
         if self.ranks.world == 1:
             return
-        with torch.no_grad():
-            params = [*self.g.network.parameters(), *self.d.network.parameters()]
-            total = torch.stack([p.double().sum() for p in params]).sum()
-        if not self.ranks.same(float(total)):
+        tensors = [t for side in (self.g, self.d) for t in side.state().values()]
+        tensors += [p for side in (self.g, self.d) for p in side.network.parameters()]
+        if not self.ranks.same(_fingerprint(tensors)):
             raise RunError(
                 f"the ranks' weights have come apart by step {self.step_count:,}: one of them "
                 "computes otherwise (another card, another library?); go on from the checkpoint "
                 "before, on machines that are alike",
                 everywhere=True,
             )
+
+
+class Pace:
+    """Keeps the host a few steps ahead of a GPU, and no more: what is asked of the run, to stop by
+    a signal first of all, would else come after a thousand steps that are queued.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._ends: deque[torch.cuda.Event] = deque()
+        self._on_gpu = device.type == "cuda"
+
+    def wait(self) -> None:
+        """Before a step is queued."""
+        if not self._on_gpu:
+            return
+        end = self._ends.popleft() if len(self._ends) == AHEAD else torch.cuda.Event()
+        end.synchronize()
+        end.record()
+        self._ends.append(end)
+
+
+@torch.no_grad()
+def _fingerprint(tensors: Iterable[torch.Tensor]) -> int:
+    """48 bits that depend on each bit and its place, in integers: in whatever order a device adds
+    them up.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    for t in tensors:
+        words = t.detach().contiguous().view(-1).view(torch.int32).to(torch.int64)
+        places = torch.arange(1, 2 * len(words), 2, device=t.device)  # odd: no bit is lost
+        total = total * 31 + (words * places).sum().cpu()
+    return int(total) & (2**48 - 1)
 
 
 def _processes(count: int) -> str:

@@ -58,6 +58,11 @@ class Accumulator:
             for back in reversed(range(kept))
         ]
 
+    def drop_last(self) -> None:
+        """Forget the last step."""
+        self.recent[(self.count - 1) % RECENT] = 0
+        self.count -= 1
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps."""
         return {"sums": self.sums, "recent": self.recent, "steps": self.count}

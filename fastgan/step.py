@@ -140,6 +140,11 @@ class Step:
             self.ema.copy_counts()
         return StepStats(d_loss, g_loss, d_real, d_fake)
 
+    def draw(self) -> None:
+        """Draw what a step draws, in its order."""
+        self._draw_flips()
+        self.draw_latents()
+
     def draw_latents(self) -> None:
         """Fill the static latents [B, latent] from N(0, 1)."""
         self.latents.normal_(generator=self.random)
@@ -182,7 +187,7 @@ class Step:
         return self._descend(loss, "d", self.d, d_real, d_fake)
 
     def _update_g(self, fake: Tensor) -> Tensor:
-        with frozen(self.d.working):
+        with without_gradients(self.d.working):
             loss = self._fool(fake)
         return self._descend(loss, "g", self.g)[0]
 
@@ -214,7 +219,7 @@ class Step:
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
+def without_gradients(network: nn.Module) -> Iterator[None]:
     """No gradients for the network's parameters from what is computed inside."""
     network.requires_grad_(False)
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,46 @@ DTYPES = {
 PIECE_BYTES = 1 << 20  # hashed and written while it is in the core's cache
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+class Plain(NamedTuple):
+    """A tensor without torch, whose every call may abort a process in which Python ends while
+    another thread is in it.
+
+    Attributes:
+        content: its bytes, row-major, in its own memory.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    itemsize: int
+    content: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content)
+
+
+def plain(t: Tensor) -> Plain:
+    """A tensor as its bytes: a view where it is row-major on the CPU, else of a copy.
+
+    Raises:
+        TypeError: it is of a type that the format does not have.
+    """
+    content = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return Plain(_dtype(t), tuple(t.shape), t.itemsize, content)
+
+
+def _dtype(t: Tensor | Plain) -> str:
+    if isinstance(t, Plain):
+        return t.dtype
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{t.dtype} has no place in a safetensors file of fastgan's")
+    return DTYPES[t.dtype]
+
+
+Tensors = Mapping[str, Tensor] | Mapping[str, Plain]
+
+
+def write_tensors(path: Path, tensors: Tensors) -> tuple[int, str]:
     """Write a new file and return its bytes and its SHA-256.
 
     Tensors that share memory are written under each of their names. One that is not row-major on
@@ -48,37 +88,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     return write_hashed(path, _pieces(tensors))
 
 
-def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """The size of the file that `write_tensors` makes."""
+def file_bytes(tensors: Tensors) -> int:
+    """The size of the file that `write_tensors` makes; its errors."""
     return len(_header(_ordered(tensors))) + sum(t.nbytes for t in tensors.values())
 
 
-def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for name, t in tensors.items():
-        if t.dtype not in DTYPES:
-            raise TypeError(f"write_tensors: {name} is {t.dtype}, and may be {', '.join(_names())}")
+def _ordered(tensors: Tensors) -> dict[str, Tensor | Plain]:
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 
-def _names() -> list[str]:
-    return [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-
-
-def _header(ordered: Mapping[str, Tensor]) -> bytes:
+def _header(ordered: Mapping[str, Tensor | Plain]) -> bytes:
     entries, end = {}, 0
     for name, t in ordered.items():
         begin, end = end, end + t.nbytes
         offsets = [begin, end]
-        entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
+        entries[name] = {"dtype": _dtype(t), "shape": list(t.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
     ordered = _ordered(tensors)
     yield _header(ordered)
     for t in ordered.values():
-        content = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content = (t if isinstance(t, Plain) else plain(t)).content
         for at in range(0, len(content), PIECE_BYTES):
             yield content[at : at + PIECE_BYTES]

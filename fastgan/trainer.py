@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from . import checkpoint, compiling, console
-from .config import TrainConfig
+from .config import TrainConfig, flag_of, to_plain
 from .data.loader import open_data
 from .data.prepare import default_root
 from .distributed import Ranks, Stop
 from .env import memory_line
-from .errors import RunError, UsageError, is_out_of_memory
+from .errors import RunError, UsageError, first_line, is_out_of_memory
 from .health import explain
 from .modes import Modes, pick_modes
 from .paths import absolute, check_folder
@@ -31,6 +31,8 @@ from .runlog import Run
 from .signals import noted
 from .state import State
 
+# What may differ between the processes of a run: where things lie, and what rank 0 alone does.
+OWN = {"data", "out", "cache", "loader", "decoder", "on_bad", "keep_checkpoints"}
 # Where an interval is not given it is this share of the run.
 TICK_SHARE, SAMPLE_SHARE, SAVE_SHARE = 1 / 100, 1 / 20, 1 / 4
 
@@ -68,8 +70,8 @@ def train(
         raise RunError(
             f"out of memory at --batch {config.batch}, --size {config.size}, --width "
             f"{config.width}, --latent {config.latent}, {memory_line(modes.device)}: lower one of "
-            f"them (a batch of {max(2, config.batch // 2)} needs about half)"
-            f"{' or add --amp' if not config.amp else ''} ({str(error).splitlines()[0]})"
+            f"them (a batch of {_fitting(config.batch // 2, ranks)} needs about half)"
+            f"{' or add --amp' if not config.amp else ''} ({first_line(error)})"
         ) from None
     finally:
         ranks.leave(failed)
@@ -80,12 +82,16 @@ def train(
 def _check_share(config: TrainConfig, ranks: Ranks) -> None:
     share, rest = divmod(config.batch, ranks.world)
     if rest or share < 2:
-        fits = max(2, round(config.batch / ranks.world)) * ranks.world
         raise UsageError(
             f"--batch must be a multiple of the {ranks.world} processes, at least 2 for each: got "
-            f"{config.batch} (nearest: {fits})",
+            f"{config.batch} (nearest: {_fitting(config.batch, ranks)})",
             everywhere=True,
         )
+
+
+def _fitting(batch: int, ranks: Ranks) -> int:
+    """The batch nearest to this that the processes can share."""
+    return max(2, round(batch / ranks.world)) * ranks.world
 
 
 def _train(
@@ -97,6 +103,7 @@ def _train(
     elastic: bool,
 ) -> int:
     found = None
+    _check_alike(config, modes, ranks)
     with ranks.together():
         if ranks.first:
             found = run_to_resume(config, resume, allow_change)
@@ -130,14 +137,28 @@ def _train(
                     f"{run.path if run else start} has its {state.images / 1000:g} kimg: nothing "
                     "to do (a larger --kimg or --epochs goes on)"
                 )
+                if run is not None:  # a kill may have come before that was written
+                    run.status("done", state.step_count, state.images)
                 return 0
         recorder = None
         if run is not None:
             recorder = stack.enter_context(closing(Recorder(run, state, data, saved, changed)))
-        try:
-            return Trainer(state, recorder).run()
-        except OSError as error:
-            raise RunError(f"the run {start} cannot be written: {error}") from None
+        return Trainer(state, recorder).run()
+
+
+def _check_alike(config: TrainConfig, modes: Modes, ranks: Ranks) -> None:
+    """`UsageError` unless all ranks were started with the same options, and compute alike."""
+    mine = {flag_of(key): value for key, value in to_plain(config).items() if key not in OWN}
+    mine |= {"device": modes.device.type, "16-bit type": str(modes.low), "kernels": modes.impl}
+    mine |= {"compile": modes.compile, "CUDA graph": modes.graph, "torch": torch.__version__}
+    first = ranks.share(mine)
+    with ranks.together():
+        for name in {**first, **mine}:
+            if first.get(name) != mine.get(name):
+                raise UsageError(
+                    f"{name} is {mine.get(name, 'not set')} here and {first.get(name, 'not set')} "
+                    "on rank 0: all processes of a run need the same options and software"
+                )
 
 
 class Trainer:
@@ -163,14 +184,14 @@ class Trainer:
                     stopped = self._loop(caught)
                 with self.ranks.together():
                     self._finish()
+                done = state.step_count >= state.total_steps
+                if recorder is not None:
+                    recorder.end("done" if done else "preempted", stopped)
         except BaseException as error:
-            ended = "failed" if isinstance(error, Exception) else "preempted"
+            self.ranks.fail()  # before what follows, which may wait for a disk
             if recorder is not None:
-                recorder.end(ended)
+                recorder.end("failed" if isinstance(error, Exception) else "preempted")
             raise
-        done = state.step_count >= state.total_steps
-        if recorder is not None:
-            recorder.end("done" if done else "preempted", stopped)
         return 0 if done else 128 + stopped
 
     def _loop(self, caught: list[int]) -> int:
@@ -200,19 +221,23 @@ class Trainer:
         return self.state.total_steps - self.state.step_count
 
     def _next(self) -> None:
-        """A step; a batch that the feed cannot give ends the run with a checkpoint."""
+        """A step. A batch that the feed cannot give ends the run: with a checkpoint where it is
+        rank 0's; the end of another leaves half a step on all.
+        """
+        state, recorder = self.state, self.recorder
         try:
-            batch = self.state.feed.next()
+            batch = state.feed.next()
         except (UsageError, RunError) as error:
-            if error.everywhere or self.recorder is None or not self.state.step_count:
+            if recorder is None or not state.step_count:
                 raise
-            self.recorder.save_now()
-            run = self.recorder.run.path
+            if state.undo_frozen():
+                raise self._not_finite() from None
+            recorder.save_now()
             raise RunError(
-                f"{error}; saved at {self.state.images / 1000:g} kimg: once that is mended, "
-                f"fastgan train --resume {shlex.quote(str(run))} goes on"
+                f"{error}; saved at {state.images / 1000:g} kimg: once that is mended, fastgan "
+                f"train --resume {shlex.quote(str(recorder.run.path))} goes on"
             ) from None
-        self.state.take(batch)  # what fails in it, a rank that is gone, leaves half a step
+        state.take(batch)  # what fails in it, a rank that is gone, leaves half a step
 
     def _due(self, every_kimg: float | None, share: float) -> bool:
         """Whether the last step crossed a multiple of the interval: a function of the images."""
@@ -263,6 +288,7 @@ class Trainer:
     def _finish(self) -> None:
         """The last tick, checkpoint and grid."""
         self._check_health()
+        self.state.check_same_weights()
         if not self._left() and self.state.images > self.tick_images:
             self._tick()
         if self.recorder is not None:
@@ -272,14 +298,16 @@ class Trainer:
     def _check_health(self) -> None:
         """End the run if a step since the last look was not finite: with the state before it."""
         state = self.state
-        frozen = state.undo_frozen()
-        if not frozen:
+        if not state.undo_frozen():
             return
-        found = state.diagnosis()
-        saved = "not saved"
-        if self.recorder is not None:
-            saved = self.recorder.rescue(found)
-        raise RunError(explain(found, saved, self.config), everywhere=True)
+        with self.ranks.together():  # until it is saved, however long that takes
+            raise self._not_finite()
+
+    def _not_finite(self) -> RunError:
+        """What to say of a step that was not finite, once what was before it is saved."""
+        found = self.state.diagnosis()
+        saved = self.recorder.rescue(found) if self.recorder is not None else ""
+        return RunError(explain(found, saved, self.config), everywhere=True)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -53,7 +53,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UsageError: there is no such file, or it is not of these kinds.
         RunError: it is damaged, or holds something else than tensors by name.
     """
-    readers: dict[str, Callable[[Path, IO[bytes], int], Mapping[Any, Any]]] = {
+    readers: dict[str, Callable[[IO[bytes], int], Mapping[Any, Any]]] = {
         ".safetensors": _read_safetensors,
         ".pth": _read_pth,
         ".pt": _read_pth,
@@ -72,7 +72,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             file.seek(0)
             if size > MAX_BYTES:
                 raise _Refused(f"{size:,} bytes are more than weights have (at most {MAX_BYTES:,})")
-            return _named(reader(path, file, size))
+            return _named(reader(file, size))
     except _Refused as refused:
         raise RunError(f"weights {path}: {refused}") from None
     except OSError as error:
@@ -109,7 +109,7 @@ def _named(found: Mapping[Any, Any]) -> dict[str, Tensor]:
     return result
 
 
-def _read_safetensors(_path: Path, file: IO[bytes], size: int) -> Mapping[Any, Any]:
+def _read_safetensors(file: IO[bytes], size: int) -> Mapping[Any, Any]:
     start = file.read(8)
     header_bytes = int.from_bytes(start, "little")
     if len(start) < 8 or header_bytes > size - 8:
@@ -126,11 +126,11 @@ def _read_safetensors(_path: Path, file: IO[bytes], size: int) -> Mapping[Any, A
         raise _Refused(f"is damaged: {_line(error)}") from None
 
 
-def _read_pth(path: Path, file: IO[bytes], size: int) -> Mapping[Any, Any]:
+def _read_pth(file: IO[bytes], size: int) -> Mapping[Any, Any]:
     start = file.read(4)
     file.seek(0)
     if start == b"PK\3\4":
-        content = _repacked(path, file, size)
+        content = _repacked(file, size)
     else:
         content = io.BytesIO(file.read())
         _check_legacy(content)
@@ -146,11 +146,11 @@ def _read_pth(path: Path, file: IO[bytes], size: int) -> Mapping[Any, Any]:
     return found
 
 
-def _repacked(path: Path, file: IO[bytes], size: int) -> io.BytesIO:
+def _repacked(file: IO[bytes], size: int) -> io.BytesIO:
     """The members that torch reads, checked, in a new zip."""
     try:
         # before zipfile makes an object of each
-        if (count := most_members(str(path))) > MAX_MEMBERS:
+        if (count := most_members(file)) > MAX_MEMBERS:
             raise _Refused(f"may have {count:,} members, over {MAX_MEMBERS:,}")
         content = io.BytesIO()
         with zipfile.ZipFile(file) as old, zipfile.ZipFile(content, "w") as new:

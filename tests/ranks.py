@@ -49,7 +49,7 @@ def _one(rank, world, port, joined, function, args, answers):
         ranks.leave(failed=True)
 
 
-def in_ranks(world, function, *args, joined=True):
+def in_ranks(world, function, *args, joined=True, within_s=TIMEOUT_S):
     """What `function(ranks, *args)` returns on each of `world` ranks; it is one of a module's own,
     and returns what can be sent (no tensors: arrays).
 
@@ -66,7 +66,7 @@ def in_ranks(world, function, *args, joined=True):
     try:
         got = dict()
         for _ in children:
-            rank, well, value = answers.get(timeout=TIMEOUT_S)
+            rank, well, value = answers.get(timeout=within_s)
             got[rank] = value
             assert well, f"rank {rank}: {value}"
         return [got[rank] for rank in range(world)]

@@ -328,7 +328,7 @@ def test_ranks_with_sync_bn_are_the_reference_with_the_same_batch(world, one_pas
 
 @pytest.mark.slow
 def test_compiled_ranks_with_sync_bn_are_the_reference_with_the_same_batch():
-    assert_one(in_ranks(2, float64_off, {"compile": True}))
+    assert_one(in_ranks(2, float64_off, {"compile": True}, within_s=280))
 
 
 def run_alike(ranks, options, steps):
@@ -681,6 +681,24 @@ def test_all_numbers_of_ranks_take_the_same_images_in_the_same_order():
         np.testing.assert_array_equal(taken[n], whole[n])
 
 
+# Ends.
+
+
+def leaving(ranks):
+    """When this rank was ready to leave, and when it had."""
+    ranks.join(on_gpu=False)
+    time.sleep(0.5 if ranks.first else 0)
+    ready = time.monotonic()
+    ranks.leave(failed=False)
+    return ready, time.monotonic()
+
+
+def test_no_rank_leaves_before_all_are_ready_to():
+    """torchrun ends the others once one has ended by a signal: rank 0 may still be writing."""
+    times = in_ranks(2, leaving, joined=False)
+    assert times[1][1] >= times[0][0] > times[1][0]
+
+
 # A rank that is gone.
 
 QUICK = {"BEAT_S": 0.1, "SILENT_S": 1.5, "GRACE_S": 2.0}
@@ -763,11 +781,15 @@ def test_a_rank_that_failed_ends_though_something_holds_it_up(tmp_path):
 def test_ranks_that_were_suspended_together_go_on(tmp_path):
     with Started(tmp_path, 2, meeting, None, "", tmp_path, settings=QUICK) as started:
         wait_for(lambda: all((tmp_path / f"met.{rank}").exists() for rank in range(2)))
-        for child in started.children.values():
-            os.kill(child.pid, signal.SIGSTOP)
-        time.sleep(1.5 * QUICK["SILENT_S"])
-        for child in started.children.values():
-            os.kill(child.pid, signal.SIGCONT)
+        # a little apart, so that rank 0 has begun to miss rank 1
+        for rank, number, wait_s in (
+            (1, signal.SIGSTOP, 0.3),
+            (0, signal.SIGSTOP, 1.5 * QUICK["SILENT_S"]),
+            (0, signal.SIGCONT, 0.3),
+            (1, signal.SIGCONT, 0),
+        ):
+            os.kill(started.children[rank].pid, number)
+            time.sleep(wait_s)
         time.sleep(1.25 * QUICK["GRACE_S"])
         assert [child.exitcode for child in started.children.values()] == [None, None]
         (tmp_path / "stop").touch()

@@ -20,8 +20,10 @@ LENGTH = ["--kimg=0.08", "--tick-kimg=0.024", "--sample-kimg=0.048", "--flip", "
 
 
 def wall_clock_aside(run):
+    """The rows of stats.jsonl but for what depends on it."""
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    names = ("step", "kimg", "epoch", "d_loss", "g_loss", "d_real", "d_fake", "skipped_steps")
+    names = ("step", "kimg", "epoch", "d_loss", "g_loss", "d_real", "d_fake")
+    names += ("skipped_steps", "diversity")
     return [[row[name] for name in names] for row in rows]
 
 

@@ -8,6 +8,8 @@ import torch
 from equality import LR, Case, batches, make_step
 from fastgan import checkpoint
 from fastgan.cli import main
+from fastgan.data.feed import ResidentFeed
+from fastgan.errors import RunError
 from fastgan.graph import Graphed
 from fastgan.health import ALIGNED_BYTES, LEAST_SCALE, Health
 from fastgan.optim import Trained
@@ -268,7 +270,10 @@ def test_a_run_ends_with_the_last_good_weights_and_a_diagnosis(tmp_path, spoiled
     assert checkpoint.newest(run).meta["feed"] == {"epoch": 0, "offset": 16}
     wrong = different({k: t for k, t in good.items() if not k.startswith("state.")}, saved)
     assert not wrong and torch.equal(good["state.ema.steps"], saved["state.ema.steps"])
-    assert torch.isfinite(saved["state.stats.sums"]).all()
+    state = {name: t for name, t in saved.items() if name.startswith("state.")}
+    assert all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point())
+    assert saved["state.stats.steps"] == 2 and not saved["state.stats.recent"][2:].any()
+    assert torch.equal(good["state.random.latents"], saved["state.random.latents"])
     found = json.loads((run / "diagnosis.json").read_text())
     assert found["step"] == 3 and found["networks"]["d"]["loss"] == "nan"
     assert found["networks"]["d"]["learning_rate"] == pytest.approx(2e-4)
@@ -277,6 +282,42 @@ def test_a_run_ends_with_the_last_good_weights_and_a_diagnosis(tmp_path, spoiled
     mend()
     assert main(["train", f"--resume={run}", "--lr-d=0.0001", "--lr-g=0.0001"]) == 0
     assert json.loads((run / "run.json").read_text())["step"] == 10
+
+
+def test_what_comes_of_it_does_not_depend_on_when_it_is_seen(tmp_path, spoiled):
+    """Feed and random numbers go back to the step before."""
+    runs = []
+    for name, tick in (("soon", "--tick-kimg=0.024"), ("late", "--tick-kimg=0.064")):
+        mend = spoiled(at=3)
+        flags = [*FLAGS, "--device=cpu", "--kimg=0.08", "--flip", tick, f"--out={tmp_path / name}"]
+        assert main(["train", *flags]) == 1
+        mend()
+        runs.append(only_run(tmp_path / name))
+        assert main(["train", f"--resume={runs[-1]}"]) == 0
+    assert main(["train", *flags, f"--out={tmp_path / 'whole'}"]) == 0
+    whole, soon, late = map(tensors, (only_run(tmp_path / "whole"), *runs))
+    kept = {name: t for name, t in whole.items() if not name.startswith("state.stats")}
+    assert not different(kept, soon) and not different(kept, late)
+
+
+def test_a_feed_that_fails_after_such_a_step_saves_what_was_before_it(
+    tmp_path, spoiled, monkeypatch, capsys
+):
+    spoiled(at=3)
+    kept, calls = ResidentFeed.next, iter(range(10**6))
+
+    def failing(self):
+        if next(calls) == 5:
+            raise RunError("the images are gone")
+        return kept(self)
+
+    monkeypatch.setattr(ResidentFeed, "next", failing)
+    flags = [*FLAGS, "--device=cpu", "--kimg=0.8", "--tick-kimg=0.4", f"--out={tmp_path}"]
+    assert main(["train", *flags]) == 1
+    said = capsys.readouterr().err
+    assert "step 3 (0.024 kimg) was not finite" in said
+    found = checkpoint.newest(only_run(tmp_path))
+    assert found.meta["step"] == 2 and found.meta["feed"] == {"epoch": 0, "offset": 16}
 
 
 def test_skipped_steps_are_in_the_statistics_of_float16_alone(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan import checkpoint, compiling, modes
+from fastgan import checkpoint, compiling, modes, recorder
 from fastgan.cli import main
 from fastgan.config import TrainConfig
 from fastgan.data.prepare import default_root, prepare
@@ -348,6 +348,57 @@ def test_with_exit_zero_what_a_scheduler_stops_is_no_failure(tmp_path, monkeypat
     scheduler = number in (signal.SIGTERM, signal.SIGUSR1)
     assert train(tmp_path, "--exit-zero") == (0 if scheduler else code)
     assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "preempted"
+
+
+def test_a_signal_that_comes_again_when_all_is_saved_is_the_same_one(tmp_path, monkeypatch):
+    """Launchers send it twice, and a save may be quick."""
+    kept = recorder.Recorder.end
+
+    def again(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        kept(self, *args)
+
+    def first(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return signal.SIGUSR1
+        return 0
+
+    monkeypatch.setattr("fastgan.trainer.Stop.by", first)
+    monkeypatch.setattr(recorder.Recorder, "end", again)
+    assert train(tmp_path, "--exit-zero") == 0
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "preempted"
+
+
+def test_a_grid_without_memory_is_missed_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fastgan.recorder.generate", fail)
+    assert train(tmp_path, "--kimg=0.04") == 0
+    assert "no memory for fake-000000.040kimg.png (CUDA out of memory)" in capsys.readouterr().err
+
+
+def test_a_killed_run_that_had_all_its_images_is_done(tmp_path):
+    assert train(tmp_path, "--kimg=0.04") == 0
+    path = only_run(tmp_path) / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "running"}))
+    assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0
+    assert json.loads(path.read_text()) == {"status": "done", "step": 5, "kimg": 0.04}
+
+
+def test_a_checkpoint_set_aside_goes_on_in_the_place_of_its_namesake(tmp_path):
+    args = ["--kimg=0.08", "--save-kimg=0.04"]
+    assert train(tmp_path, *args) == 0
+    folder = only_run(tmp_path) / "checkpoints"
+    for _ in range(2):  # a second time: what lies aside stays there
+        early = folder / "000000.040kimg"
+        assert main(["train", f"--resume={early}"]) == 0
+    names = sorted(p.name for p in (folder / "set-aside").iterdir())
+    assert names == ["000000.080kimg", "000000.080kimg-2"]
+    aside = folder / "set-aside" / "000000.080kimg-2"
+    assert main(["train", f"--resume={aside}", "--kimg=0.12"]) == 0
+    assert (folder / "set-aside" / "000000.080kimg-3").is_dir()  # its namesake
 
 
 def test_training_goes_on_when_the_reader_of_its_output_goes_away(tmp_path):

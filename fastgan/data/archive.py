@@ -6,7 +6,7 @@ import os
 import stat
 import zipfile
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 
 from ..console import warn
 from ..errors import UsageError
@@ -27,7 +27,8 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
     """
     try:
         # the archive's own end first: the directory may be larger than the memory
-        count = most_members(path)
+        with open(path, "rb") as file:
+            count = most_members(file)
         if count > MAX_MEMBERS:
             raise UsageError(
                 f"{flag}: {path} may have {count:,} members, over {MAX_MEMBERS:,}; give its images "
@@ -54,11 +55,10 @@ def list_archive(path: str, suffixes: tuple[str, ...], flag: str) -> list[ImageF
     return [_listed(path, whole, info) for info in images]
 
 
-def most_members(path: str) -> int:
+def most_members(file: IO[bytes]) -> int:
     """How many the directory has room for, from the archive's own end, which says its length."""
     module: Any = zipfile  # its names for the end record are not public, and have been there always
-    with open(path, "rb") as file:
-        end = module._EndRecData(file)
+    end = module._EndRecData(file)
     return int(end[module._ECD_SIZE]) // module.sizeCentralDir if end else 0
 
 
