@@ -178,7 +178,10 @@ class Tuned(Contender):
         self.scaler.scale(loss).backward()
         self.scaler.step(adam_d)
         adam_g.zero_grad()
-        with without_gradients(self.networks[1]) if self.freeze else nullcontext(), self._autocast():
+        with (
+            without_gradients(self.networks[1]) if self.freeze else nullcontext(),
+            self._autocast(),
+        ):
             loss = self.criterion(self.d(fake).view(-1), self.ones)
         self.scaler.scale(loss).backward()
         self.scaler.step(adam_g)
