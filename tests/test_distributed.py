@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from equality import (
 )
 from fastgan import checkpoint, distributed, step
 from fastgan.config import TrainConfig
+from fastgan.data.face_files import write_faces
 from fastgan.data.feed import Sampler
 from fastgan.distributed import Mean, Ranks, Stop
 from fastgan.errors import RunError, UsageError
@@ -647,9 +649,15 @@ def with_other_data(ranks, out, options):
     return trained(ranks, out, None, 0, options[ranks.rank])
 
 
-@pytest.mark.parametrize("other", [{"data": "faces:21"}, {"data": "faces:40", "limit": 20}])
+@pytest.mark.parametrize("other", ["faces:21", "another folder"])
 def test_other_images_on_one_rank_are_noticed(other, tmp_path):
-    options = [{"kimg": 0.04}, {"kimg": 0.04, **other}]
+    data = ["faces:20", other]
+    if other == "another folder":  # of as many images with the same names
+        data = [str(tmp_path / f"faces.{seed}") for seed in range(2)]
+        for seed, folder in enumerate(data):
+            Path(folder).mkdir()
+            write_faces(Path(folder), 20, 32, seed)
+    options = [{"kimg": 0.04, "data": source} for source in data]
     for each in in_ranks(2, with_other_data, tmp_path, options, joined=False):
         assert each["kind"] == "RunError" and each["told"] and each["ended"] == 0
         assert "is not the same set for all ranks" in each["error"]

@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNGS = [
     ["fastgan_kernels._launch", "fastgan_kernels.bn_act_plain"],
     ["fastgan_kernels.adam_ema", "fastgan_kernels.bn_act_kernels", "fastgan_kernels.gather_u8"],
-    ["fastgan_kernels.guard", "fastgan_kernels.tally"],
-    ["fastgan_kernels.adam", "fastgan_kernels.bn_act"],
+    ["fastgan_kernels.tally"],
+    ["fastgan_kernels.adam", "fastgan_kernels.bn_act", "fastgan_kernels.guard"],
     ["fastgan_kernels.batch_norm_act"],
     ["fastgan_kernels"],
     ["fastgan"],

@@ -419,7 +419,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _dense(t: Tensor) -> bool:
+def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each place once."""
     held = 1
     for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
@@ -504,7 +504,7 @@ def _fault(
             got = f"{count.dtype} {tuple(count.shape)} on {count.device}"
             return f"average.step must be one float64 on {device}, got {got}"
     for i, t in enumerate([*params, *(source for source, _ in pairs)]):
-        if not _dense(t):
+        if not is_dense(t):
             name = f"params[{i}]" if i < len(params) else f"average.buffers[{i - len(params)}]"
             return f"{name} must fill its memory densely, got strides {t.stride()}"
     return ""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._launch import DTYPES, choose, counters, jit, launch, tl
-from .adam_ema import MOST, _dense
+from .adam_ema import MOST, is_dense
 
 BLOCK = 4096  # elements a program: eight 16-byte loads (float32) in flight of each of 128 threads
 WARPS = 4
@@ -230,7 +230,7 @@ def guard(
     filled = [g for g in grads if g.numel()] or grads
     kind = choose("guard", impl, filled[0], _fault(grads, loss))
     if kind == "triton":
-        dense = [g if _dense(g) else g.contiguous() for g in grads]
+        dense = [g if is_dense(g) else g.contiguous() for g in grads]
         _guard_fused(dense, loss, flags, bad, frozen, lost, found, scale, least, last)
         return
     run = guard_ref if kind == "ref" else _guard_torch
