@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,7 @@ from .config import (
 )
 from .console import say
 from .errors import RunError, UsageError
-from .signals import Terminated, terminable
+from .signals import Terminated, at_once, raised, said, terminable
 
 VERBS: dict[str, type] = {
     "train": TrainCommand,
@@ -71,34 +72,54 @@ def _run(args: list[str]) -> int:
         if args in (["--version"], ["-V"]):
             _print_once(f"fastgan {__version__}\n")
             return 0
-        with terminable():
+        with at_once(speaks=_rank() == 0):
             with _told_by_first("LOCAL_RANK"):
                 _check_folder()
-            return run(parse(args))
+            work = made(parse(args))
+        with terminable():
+            return _ended(work)
     except (UsageError, RunError) as error:
         _complain(str(error), error.everywhere)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        _complain("interrupted", everywhere=True)
-        return 130
-    except Terminated as signal:
+
+
+def _ended(work: Callable[[], int]) -> int:
+    """What the work returns, or 128 + the signal that it was ended by."""
+    try:
+        return work()
+    except (UsageError, RunError):
+        raise
+    except BaseException as error:
+        number = raised()
+        if isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif isinstance(error, Terminated):
+            number = error.number
+        if number is None:  # else it came of the signal, in the midst of what knows none
+            raise
         # torchrun ends all of them once one has failed, whose words would be lost among theirs
-        _complain(f"terminated by {signal.name}", everywhere=True)
-        return 128 + signal.number
+        _complain(said(number), everywhere=True)
+        return 128 + number
 
 
 def _complain(text: str, everywhere: bool) -> None:
     """Say what went wrong; where it did on every rank, rank 0 says it."""
     rank = _rank()
-    if rank == 0:
-        print(f"fastgan: {text}", file=sys.stderr)
-    elif not everywhere:
-        print(f"fastgan: rank {rank}: {text}", file=sys.stderr)
+    with suppress(OSError):  # stderr is full: the exit code still says it
+        if rank == 0:
+            print(f"fastgan: {text}", file=sys.stderr)
+        elif not everywhere:
+            print(f"fastgan: rank {rank}: {text}", file=sys.stderr)
 
 
-def _print_once(text: str) -> None:
+def _print_once(text: str) -> int:
     if _rank() == 0:
         print(text, end="")
+    return 0
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _rank() -> int:
@@ -233,16 +254,17 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
     return base
 
 
-def run(command: Any) -> int:
-    """Do what a parsed command asks; the heavy imports happen here."""
+def made(command: Any) -> Callable[[], int]:
+    """What a parsed command asks, to be called; the heavy imports happen here."""
     if isinstance(command, TrainCommand):
         config = plain_config(command)
         if command.dry_run:
-            _print_once(to_toml(config))
-            return 0
+            return lambda: _print_once(to_toml(config))
+        if _several():  # a rank that is gone is told in a line, without C++'s own twenty
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from .trainer import train
 
-        return train(
+        return lambda: train(
             config,
             resume=command.resume,
             allow_change=command.allow_change,
@@ -250,43 +272,67 @@ def run(command: Any) -> int:
             exit_zero=command.exit_zero,
         )
     if isinstance(command, PrepareCommand):
-        if command.check:
-            from .data.cache import check_cache, summary
-            from .paths import absolute
+        from .data import cache, prepare  # noqa: F401
 
-            plain = PrepareCommand(source=command.source, check=True)
-            if others := [key for key, value in plain if value != getattr(command, key)]:
-                flags = ", ".join(map(flag_of, others))
-                raise UsageError(f"--check takes a cache alone, without {flags}")
-            cache = check_cache(Path(absolute(command.source, "SOURCE")), "SOURCE")
-            say(f"{summary(cache)}: whole, by its checksums")
-            return 0
-        if command.out is not None and command.cache is not None:
-            raise UsageError("--out names the cache, --cache a folder of caches: give one of them")
-        from .data.prepare import prepare
-
-        prepare(
-            command.source,
-            command,
-            out=command.out,
-            root=command.cache,
-            verify=command.verify,
-            flag="SOURCE",
-        )
-        return 0
+        return lambda: _prepare(command)
     if isinstance(command, SampleCommand):
-        from .samples import sample
+        from . import samples  # noqa: F401
 
-        sample(command)
-        return 0
+        return lambda: _sample(command)
     if isinstance(command, FacesCommand):
-        from .data.face_files import write_faces
-        from .paths import empty_folder
+        from .data import face_files  # noqa: F401
 
-        folder = empty_folder(command.out, "--out")
-        write_faces(folder, command.count, command.size, command.seed)
-        say(f"{command.count:,} faces of {command.size} px and factors.csv in {folder}")
+        return lambda: _faces(command)
+    from . import modes  # noqa: F401
+    from .data import pool  # noqa: F401
+
+    return _info
+
+
+def _prepare(command: PrepareCommand) -> int:
+    from .data.cache import check_cache, summary
+    from .data.prepare import prepare
+    from .paths import absolute
+
+    if command.check:
+        plain = PrepareCommand(source=command.source, check=True)
+        if others := [key for key, value in plain if value != getattr(command, key)]:
+            flags = ", ".join(map(flag_of, others))
+            raise UsageError(f"--check takes a cache alone, without {flags}")
+        cache = check_cache(Path(absolute(command.source, "SOURCE")), "SOURCE")
+        say(f"{summary(cache)}: whole, by its checksums")
         return 0
+    if command.out is not None and command.cache is not None:
+        raise UsageError("--out names the cache, --cache a folder of caches: give one of them")
+    prepare(
+        command.source,
+        command,
+        out=command.out,
+        root=command.cache,
+        verify=command.verify,
+        flag="SOURCE",
+    )
+    return 0
+
+
+def _sample(command: SampleCommand) -> int:
+    from .samples import sample
+
+    sample(command)
+    return 0
+
+
+def _faces(command: FacesCommand) -> int:
+    from .data.face_files import write_faces
+    from .paths import empty_folder
+
+    folder = empty_folder(command.out, "--out")
+    write_faces(folder, command.count, command.size, command.seed)
+    say(f"{command.count:,} faces of {command.size} px and factors.csv in {folder}")
+    return 0
+
+
+def _info() -> int:
     from .data.pool import DecodePool
     from .env import version_of
     from .framing import Framing

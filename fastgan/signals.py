@@ -6,6 +6,7 @@ what Slurm is asked to send some time before it (`--signal=USR1@120`).
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -31,15 +32,41 @@ class Terminated(BaseException):
         self.number, self.name = number, signal.Signals(number).name
 
 
+def said(number: int) -> str:
+    """What ended a command that had nothing to save, in words."""
+    if number == signal.SIGINT:
+        return "interrupted"
+    return f"terminated by {signal.Signals(number).name}"
+
+
+@contextmanager
+def at_once(speaks: bool = True) -> Iterator[None]:
+    """Ctrl-C and `TERMINATING` inside the block end the process with a line and 128 + the signal.
+
+    By no exception: in the midst of an import it may be swallowed, or wrapped, or leave a module
+    that is half there. Nothing has begun that would have to be put right.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        try:
+            if speaks:
+                os.write(2, f"fastgan: {said(number)}\n".encode())
+        finally:
+            os._exit(128 + number)
+
+    with _handlers(dict.fromkeys(_answered([signal.SIGINT, *TERMINATING]), end)):
+        yield
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
-    """`TERMINATING` inside the block raise `Terminated`."""
+    """Ctrl-C and `TERMINATING` inside the block raise KeyboardInterrupt and `Terminated`."""
 
     def terminate(number: int, _frame: FrameType | None) -> None:
         _raised.append(number)
-        raise Terminated(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
-    with _handlers(dict.fromkeys(TERMINATING, terminate)):
+    with _handlers(dict.fromkeys([*_answered([signal.SIGINT]), *TERMINATING], terminate)):
         try:
             yield
         finally:
@@ -51,8 +78,7 @@ def deadly() -> Iterator[None]:
     """Ctrl-C and `TERMINATING` inside the block end the process as if nobody had a handler: what
     waits in C++ comes to none.
     """
-    before = {number: signal.getsignal(number) for number in [signal.SIGINT, *TERMINATING]}
-    with _handlers({n: signal.SIG_DFL for n, was in before.items() if was != signal.SIG_IGN}):
+    with _handlers(dict.fromkeys(_answered([signal.SIGINT, *TERMINATING]), signal.SIG_DFL)):
         yield
 
 
@@ -77,6 +103,16 @@ def noted() -> Iterator[list[int]]:
 
     with _handlers(dict.fromkeys([signal.SIGINT, *TERMINATING], note)):
         yield caught
+
+
+def raised() -> int | None:
+    """The signal that `terminable` raised in its block, which whatever is raised now may be of."""
+    return _raised[0] if _raised else None
+
+
+def _answered(numbers: list[signal.Signals]) -> list[signal.Signals]:
+    """Those that are not ignored, as a shell's background jobs ignore Ctrl-C."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextmanager
