@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import console, formats
 from .durable import check_space, flush_folder, replace_file, write_flushed
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 from .tensor_file import Tensors, file_bytes, write_tensors
 
 PARTS = ("model", "optim", "state")
@@ -70,7 +70,13 @@ class Checkpoint:
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of "model", "optim" or "state" by name, on the CPU."""
         content = _checked_bytes(self.path, part, self.written["files"])
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
+        try:
+            tensors: dict[str, Tensor] = safetensors.torch.load(content)
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = first_line(error)
+            raise RunError(
+                f"checkpoint {self.path}: {part}.safetensors is none ({reason})"
+            ) from None
         if part == "state":
             return formats.upgraded(self.written, str(self.path), tensors)[1]
         return tensors
@@ -91,7 +97,7 @@ def save(folder: Path, images: int, parts: Mapping[str, Tensors], meta: dict[str
     final = folder / kimg_name(images)
     if final.exists():  # saved at this very step already
         return final
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # of a process that was killed: the run's lock says that it is gone
     for stale in folder.glob(".*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -129,6 +135,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     written = _read_meta(path)
     meta, _ = formats.upgraded(written, str(path))
     wrong = [key for key, kind in RECORD.items() if not isinstance(meta.get(key), kind)]
+    wrong += [key for key in ("step", "images") if key not in wrong and meta[key] < 0]
+    wrong += ["world"] if "world" not in wrong and meta["world"] < 1 else []
     if wrong:
         raise RunError(f"checkpoint {path} is damaged: {META} has no right {', '.join(wrong)}")
     if NAME.fullmatch(path.name) and path.name != kimg_name(meta["images"]):
@@ -179,7 +187,7 @@ def newest(run: Path) -> Checkpoint:
             return open_checkpoint(path)
         except RunError as error:
             console.warn(f"{error}; trying the one before it")
-    raise RunError(f"{run}: all {len(paths)} checkpoints are damaged")
+    raise RunError(f"{run}: none of its {len(paths)} checkpoints can be used")
 
 
 def find(path: Path) -> Checkpoint:
@@ -200,9 +208,14 @@ def find(path: Path) -> Checkpoint:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    places = (run / "checkpoints").glob("*kimg")
-    found = [p for p in places if NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=_kimg)
+    try:
+        names = os.listdir(run / "checkpoints")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RunError(f"{run / 'checkpoints'} cannot be read: {error.strerror}") from None
+    paths = [run / "checkpoints" / name for name in names if NAME.fullmatch(name)]
+    return sorted((path for path in paths if path.is_dir()), key=_kimg)
 
 
 def _kimg(path: Path) -> Decimal:
@@ -269,8 +282,8 @@ def prune(run: Path, keep: int) -> list[tuple[Path, OSError]]:
     """
     try:
         paths = checkpoints(run)
-    except OSError as error:
-        return [(run / "checkpoints", error)]
+    except RunError as error:
+        return [(run / "checkpoints", OSError(str(error)))]
     kept, failed = 0, []
     for path in reversed(paths):
         if kept < keep:
@@ -288,7 +301,10 @@ def _delete(path: Path) -> None:
     """Renamed before: what a kill leaves of it is no damaged checkpoint, and the next save sweeps
     it.
     """
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted.tmp")))
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted.tmp")))
 
 
 def _checked_bytes(path: Path, part: str, files: Mapping[str, Any]) -> bytes:

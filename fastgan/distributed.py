@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -149,6 +150,14 @@ class Ranks:
             torch.distributed.destroy_process_group()
             faulthandler.cancel_dump_traceback_later()
 
+    @property
+    def orphaned(self) -> int:
+        """SIGTERM once the place that the ranks met at is gone, as after `kill -9` of torchrun: as
+        long as they reach each other they can still save; else 0.
+        """
+        gone = self._watcher is not None and self._watcher.gone
+        return signal.SIGTERM if gone else 0
+
     # What is added up.
 
     def sum_(self, t: Tensor) -> Tensor:
@@ -234,7 +243,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = self._watcher.reason(GRACE_S / 2) if self._watcher else ""
+            reason = self._watcher.reason(5 * BEAT_S) if self._watcher else ""
             raise RunError(
                 f"another process of the run has ended ({reason or first_line(error)}); its "
                 "own last lines say why"
@@ -254,7 +263,7 @@ class Stop:
 
     def by(self, step: int) -> int:
         """The signal to stop by after `step` steps; 0 to go on."""
-        mine = self._caught[0] if self._caught else 0
+        mine = self._caught[0] if self._caught else self._ranks.orphaned
         if self._ranks.world == 1:
             return mine
         if step < self._next:
@@ -284,7 +293,7 @@ class Watcher:
         self._answers = 0  # of the store
         self._signs: dict[int, str] = {}  # the last of each other rank that has come
         self._silent = dict.fromkeys(self._others, 0)  # beats since then
-        self._gone = ""  # what the store failed with
+        self.gone = ""  # what the store failed with
         self._lost = ""
         # two: a store whose machine has vanished never answers, whatever its timeout is
         self._asking = threading.Thread(target=self._ask, daemon=True)
@@ -320,7 +329,7 @@ class Watcher:
             if self._failed:
                 self._store.set(mine, "failed")
         except RuntimeError as error:
-            self._gone = first_line(error)
+            self.gone = first_line(error)
 
     def _watch(self) -> None:
         """Look for the others' signs, and end this process some time after they have ended.
@@ -351,8 +360,8 @@ class Watcher:
                 quiet = self._quiet()  # it may have failed for that
                 return f"rank {other} failed" + (f", {quiet}" if quiet else "")
         where = "the place that they met at (rank 0, or its torchrun)"
-        if self._gone:
-            return f"{where} is gone: {self._gone}"
+        if self.gone:
+            return f"{where} is gone: {self.gone}"
         if unanswered * BEAT_S > SILENT_S:
             return f"{where} has been silent for {SILENT_S:g} s"
         for other, beats in self._silent.items():

@@ -83,6 +83,6 @@ def check_space(folder: Path, count: int) -> None:
     if disk.total and disk.free < count + SPARE_BYTES:
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: {count / 1e6:,.1f} MB are to be written, and "
+            f"{os.strerror(errno.ENOSPC)}: {(count + SPARE_BYTES) / 1e6:,.1f} MB are needed, and "
             f"{disk.free / 1e6:,.1f} MB are free",
         )

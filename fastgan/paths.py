@@ -21,8 +21,8 @@ def check_folder(path: Path, flag: str) -> None:
             f"{flag} must be a folder, or a path where one can be made: {place} is "
             f"{'a link to nothing' if place.is_symlink() else 'a file'}"
         )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} must be writable: {place} is not")
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} must be readable and writable: {place} is not")
 
 
 def make_folder(path: Path, flag: str) -> None:

@@ -66,8 +66,7 @@ class Recorder:
         run, state = self.run, self.state
         try:
             (run.path / "samples").mkdir(exist_ok=True)
-            run.write("config.json", to_plain(self.config))
-            run.write("env.json", environment(state.device))
+            self._describe()
             moved = checkpoint.set_aside_newer(
                 run.path, state.images, self.start.path if self.start is not None else None
             )
@@ -84,6 +83,10 @@ class Recorder:
         self._announce()
         if moved:
             console.say(f"set aside  {len(moved)} later checkpoints, now in {moved[0].parent}")
+
+    def _describe(self) -> None:
+        self.run.write("config.json", to_plain(self.config))
+        self.run.write("env.json", environment(self.state.device))
 
     def first_pictures(self) -> None:
         """Before the first step: real images, spread over the set, and what the untrained generator
@@ -136,6 +139,11 @@ class Recorder:
 
     def save(self) -> None:
         """Begin a checkpoint of the state as it is now."""
+        if not (self.run.path / "config.json").exists():  # without it a checkpoint is of no run
+            console.warn(f"{self.run.path} has been moved or emptied: its files are made anew")
+            with self._going_on("config.json"):
+                self.run.path.mkdir(parents=True, exist_ok=True)
+                self._describe()
         meta = {**self.state.meta(), "diversity": self._diversity}
         self.saver.begin(self.state.images, self.state.parts(), meta)
         with self._going_on("run.json"):
@@ -172,10 +180,14 @@ class Recorder:
         return f"{', '.join(said)}; fastgan train --resume {shlex.quote(str(run))} goes on"
 
     def end(self, status: str, signal_: int = 0) -> None:
-        """How the run ended: done, failed, or preempted (by a signal that it was saved after)."""
+        """How the run ended: done, failed, or preempted (by a signal that it was saved after, if
+        that is given).
+        """
         state, run = self.state, self.run
-        with self._going_on("run.json"):
+        try:
             run.status(status, state.step_count, state.images)
+        except OSError as error:
+            console.warn(f"{run.path}: run.json cannot be written ({error.strerror or error})")
         if status == "done":
             console.say(f"done: {state.images / 1000:g} kimg; everything is in {run.path}")
         elif signal_:
@@ -183,10 +195,16 @@ class Recorder:
                 f"stopped at {state.images / 1000:g} kimg by {signal.Signals(signal_).name}, "
                 f"saved; fastgan train --resume {shlex.quote(str(run.path))} goes on"
             )
+        elif status == "preempted":
+            console.warn(f"ended at once, not saved; the newest checkpoint is {self._newest()}")
 
     def _newest(self) -> str:
-        whole = checkpoint.checkpoints(self.run.path)
-        return whole[-1].name if whole else "not there"
+        try:
+            paths = reversed(checkpoint.checkpoints(self.run.path))
+            whole = next(filter(checkpoint.looks_whole, paths), None)
+            return whole.name if whole is not None else "not there"
+        except (OSError, RunError) as error:
+            return f"not known ({first_line(error)})"
 
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -19,7 +20,7 @@ from .checkpoint import META, checkpoints, looks_whole
 from .config import TrainConfig, differences, flag_of, recorded_config
 from .errors import RunError, UsageError
 from .formats import upgraded_config
-from .runlog import run_number
+from .runlog import held_by, run_number
 
 
 class Change(Enum):
@@ -170,8 +171,11 @@ def _shown(value: Any) -> str:
 def run_of(path: Path) -> Path:
     """The run folder that a run or one of its checkpoints belongs to."""
     path = Path(os.path.abspath(path))
-    around = [path, *path.parents][:4]  # a checkpoint lies two below its run; one set aside, three
-    return next((p for p in around if os.path.isfile(p / "config.json")), path)
+    for place in (path, Path(os.path.realpath(path))):  # a link to a checkpoint leads to its run
+        around = [place, *place.parents][:4]  # it lies two below its run; one set aside, three
+        if found := next((p for p in around if os.path.isfile(p / "config.json")), None):
+            return found
+    return path
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -193,7 +197,13 @@ def _run_config(path: Path) -> TrainConfig:
     """config.json of the run that `--resume` names by its folder or a checkpoint."""
     run = run_of(path)
     config = run / "config.json"
-    if not os.path.isfile(config) or os.path.isfile(path):
+    try:
+        there = stat.S_ISREG(os.stat(config).st_mode)
+    except PermissionError as error:
+        raise RunError(f"{config} cannot be read: {error.strerror}") from None
+    except OSError:
+        there = False
+    if not there or os.path.isfile(path):
         what = "does not exist"
         if os.path.exists(path):
             what = "holds no run (no config.json)" if os.path.isdir(path) else "is a file"
@@ -202,7 +212,7 @@ def _run_config(path: Path) -> TrainConfig:
         )
     try:
         values = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{config} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise RunError(f"{config} is damaged: it must hold a table of options")
@@ -236,7 +246,7 @@ def _record(checkpoint: Path) -> dict[str, Any] | None:
 def _json_table(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 
@@ -247,8 +257,12 @@ def _latest_like(config: TrainConfig, allowed: Iterable[str]) -> Path | None:
     """
     if not os.path.isdir(config.out):
         return None
+    try:
+        places = sorted(config.out.iterdir(), key=run_number, reverse=True)
+    except OSError as error:
+        raise UsageError(f"--out {config.out} cannot be read: {error.strerror}") from None
     nearest: tuple[Path, set[str]] | None = None
-    for path in sorted(config.out.iterdir(), key=run_number, reverse=True):
+    for path in places:
         if run_number(path) < 0:
             continue
         try:
@@ -262,6 +276,10 @@ def _latest_like(config: TrainConfig, allowed: Iterable[str]) -> Path | None:
             if nearest is None or len(others) < len(nearest[1]):
                 nearest = path, others
             continue
+        if holder := held_by(path):
+            raise RunError(
+                f"{path} is the same run, and in use by {holder}: wait for it or stop it"
+            )
         if checkpoints(path):
             return path
         console.say(f"--resume auto: {path} has no checkpoint, looking further")

@@ -12,15 +12,18 @@ import math
 import os
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from . import console
-from .config import TrainConfig
+from .config import TrainConfig, to_plain
 from .durable import replace_file
 from .errors import RunError
 from .lock import try_lock
 from .paths import make_folder, slug
+
+LOCK = "run.lock"
 
 
 class Run:
@@ -28,19 +31,25 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = open(path / "run.lock", "a+")  # noqa: SIM115 - held for the run's life
+        try:
+            self._lock = open(path / LOCK, "a+")  # noqa: SIM115 - held for the run's life
+        except OSError as error:
+            raise RunError(
+                f"{path / LOCK} cannot be opened ({error.strerror}): a run is used by one process "
+                "at a time, which has to be able to write there"
+            ) from None
         try:
             if not try_lock(self._lock):
-                self._lock.seek(0)
-                holder = self._lock.read().strip() or "another process"
+                holder = _holder(self._lock)
                 self._lock.close()
                 raise RunError(f"{path} is in use by {holder}; wait for it or stop it")
         except OSError as error:  # some network file systems are mounted without locks
             console.warn(f"{path} cannot be locked ({error}): see that no other run uses it")
             return
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        with suppress(OSError):  # a full disk: the lock is held, if namelessly
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
 
     @classmethod
     def create(cls, config: TrainConfig) -> Self:
@@ -57,7 +66,9 @@ class Run:
                 number += 1
         (path / "samples").mkdir()
         (path / "checkpoints").mkdir()
-        return cls(path)
+        run = cls(path)
+        run.write("config.json", to_plain(config))  # who looks for a run to go on with finds this
+        return run
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the run in one piece; a number that is not finite, which JSON
@@ -73,6 +84,19 @@ class Run:
     def close(self) -> None:
         """Let go of the lock."""
         self._lock.close()
+
+
+def held_by(path: Path) -> str:
+    """The process that has a run open; "" if none has."""
+    with suppress(OSError), open(path / LOCK) as file:
+        if not try_lock(file):
+            return _holder(file)
+    return ""
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from there to the host's memory while further steps run. Neither makes the host 
 from __future__ import annotations
 
 import copy
+import errno
 import queue
 import threading
 import time
@@ -141,7 +142,14 @@ class Saver:
         try:
             while save.ready is not None and not save.ready.query():
                 time.sleep(QUERY_S)
-            checkpoint.save(self._run / "checkpoints", save.images, save.parts, save.meta)
+            folder = self._run / "checkpoints"
+            try:
+                checkpoint.save(folder, save.images, save.parts, save.meta)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                checkpoint.prune(self._run, self._keep)  # what is too many anyway makes room
+                checkpoint.save(folder, save.images, save.parts, save.meta)
             save.undeleted = checkpoint.prune(self._run, self._keep)
         except BaseException as error:
             save.error = error

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from fastgan_kernels import tally
 
+from . import console
 from .durable import replace_file
 from .step import StepStats
 
@@ -79,8 +81,13 @@ class StatsLog:
         self.rows: list[dict[str, Any]] = []
         self._whole = False  # whether the file is what `rows` is
         path = folder / "stats.jsonl"
-        if path.exists():
-            self.rows = [row for row in _read_rows(path) if row["step"] <= up_to_step]
+        if path.is_file():
+            rows, wrong = _read_rows(path)
+            self.rows = [row for row in rows if row["step"] <= up_to_step]
+            if wrong:
+                kept = path.with_suffix(".damaged.jsonl")
+                replace_file(kept, path.read_bytes())
+                console.warn(f"{wrong} lines of {path} are damaged: left out, and kept in {kept}")
         self._write_rows()
         replace_file(folder / "losses.json", (json.dumps(list(COLUMNS)) + "\n").encode())
         self._write_losses()
@@ -140,15 +147,30 @@ class StatsLog:
         replace_file(self.folder / "losses.png", content.getvalue())
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows up to the first that is none: a kill may have cut the last line short."""
-    rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            if any(not isinstance(row[name], int | float) for name in COLUMNS):
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        rows.append(row)
-    return rows
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of stats.jsonl, and how many lines are none; a kill may have cut the last one short,
+    which is no loss.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    wrong = 0
+    for line in lines[:-1]:
+        row = _row(line)
+        if row is not None and (not rows or row["step"] > rows[-1]["step"]):
+            rows.append(row)
+        else:
+            wrong += 1
+    return rows, wrong
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as a row, with a number in each column."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+        numbers = [row[name] for name in COLUMNS]
+        if row.get("diversity") is not None:
+            numbers.append(row["diversity"])
+        right = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+        return row if right else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None

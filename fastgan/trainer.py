@@ -62,7 +62,10 @@ def train(
     ranks.join(modes.device.type == "cuda")
     failed = True
     try:
-        code = _train(config, modes, ranks, resume, allowed_changes(allow_change), elastic)
+        with ExitStack() as stack:  # signals stay noted until all is closed
+            allowed = allowed_changes(allow_change)
+            code = _train(config, modes, ranks, resume, allowed, elastic, stack)
+            ranks.leave(failed=False)
         failed = False
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -74,7 +77,8 @@ def train(
             f"{' or add --amp' if not config.amp else ''} ({first_line(error)})"
         ) from None
     finally:
-        ranks.leave(failed)
+        if failed:
+            ranks.leave(failed)
     by_scheduler = code > 128 and signal.Signals(code - 128).name in ("SIGTERM", "SIGUSR1")
     return 0 if exit_zero and by_scheduler else code
 
@@ -101,6 +105,7 @@ def _train(
     resume: str | None,
     allow_change: Collection[str],
     elastic: bool,
+    outer: ExitStack,
 ) -> int:
     found = None
     _check_alike(config, modes, ranks)
@@ -143,7 +148,7 @@ def _train(
         recorder = None
         if run is not None:
             recorder = stack.enter_context(closing(Recorder(run, state, data, saved, changed)))
-        return Trainer(state, recorder).run()
+        return Trainer(state, recorder).run(outer)
 
 
 def _check_alike(config: TrainConfig, modes: Modes, ranks: Ranks) -> None:
@@ -169,24 +174,26 @@ class Trainer:
         self.ranks, self.device = state.ranks, state.device
         self.seconds = {"sample": 0.0, "save": 0.0}  # since the last tick
 
-    def run(self) -> int:
-        """Train to the end, or to a signal; the status in run.json says which."""
+    def run(self, outer: ExitStack) -> int:
+        """Train to the end, or to a signal; the status in run.json says which. Signals are noted
+        until `outer` is closed.
+        """
         recorder, state = self.recorder, self.state
         try:
             with self.ranks.together():
                 if recorder is not None:
                     recorder.begin()
             state.warm_up()  # before signals wait for a step: there is nothing to save yet
-            with noted() as caught:
-                if recorder is not None:
-                    recorder.first_pictures()
-                with compiling.no_recompiles(state.modes.compile):
-                    stopped = self._loop(caught)
-                with self.ranks.together():
-                    self._finish()
-                done = state.step_count >= state.total_steps
-                if recorder is not None:
-                    recorder.end("done" if done else "preempted", stopped)
+            caught = outer.enter_context(noted())
+            if recorder is not None:
+                recorder.first_pictures()
+            with compiling.no_recompiles(state.modes.compile):
+                stopped = self._loop(caught)
+            with self.ranks.together():
+                self._finish()
+            done = state.step_count >= state.total_steps
+            if recorder is not None:
+                recorder.end("done" if done else "preempted", stopped)
         except BaseException as error:
             self.ranks.fail()  # before what follows, which may wait for a disk
             if recorder is not None:

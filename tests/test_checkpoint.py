@@ -307,7 +307,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(run, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: usage._replace(free=durable.SPARE_BYTES + 1000)
     )
-    with pytest.raises(OSError, match="MB are to be written, and 1.0 MB are free") as caught:
+    with pytest.raises(OSError, match="MB are needed, and 1.0 MB are free") as caught:
         checkpoint.save(run / "checkpoints", 9000, PARTS, META)
     assert caught.value.errno == errno.ENOSPC and sorted(run.rglob("*")) == before
     sizes = [(place(run, 2500) / name).stat().st_size for name in FILES[:3]]

@@ -41,12 +41,31 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path):
     )
 
 
-@pytest.mark.parametrize("damage", [b"\xff\x00\n", b"[1, 2]\n", b'{"step": 25}\n', b"null\n"])
-def test_a_damaged_log_is_read_up_to_the_damage(tmp_path, damage):
+DAMAGE = [b"\xff\x00", b"[1, 2]", b'{"step": 25}', b"null", b"[" * 100_000, b""]
+DAMAGE += [
+    json.dumps({**row(15), **wrong}).encode()
+    for wrong in (
+        {"d_real": "x"},
+        {"d_real": 10**400},
+        {"g_loss": float("nan")},
+        {"diversity": [1]},
+        {"step": 5},
+    )
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_lines_are_left_out_and_kept_beside(tmp_path, damage, capsys):
     StatsLog(tmp_path).add(row(10))
-    with open(tmp_path / "stats.jsonl", "ab") as file:
-        file.write(damage + json.dumps(row(20)).encode() + b"\n")
-    assert [r["step"] for r in StatsLog(tmp_path, up_to_step=50).rows] == [10]
+    path = tmp_path / "stats.jsonl"
+    path.write_bytes(path.read_bytes() + damage + b"\n" + json.dumps(row(20)).encode() + b"\n")
+    before = path.read_bytes()
+    assert [r["step"] for r in StatsLog(tmp_path, up_to_step=50).rows] == [10, 20]
+    said = capsys.readouterr().err
+    assert f"1 lines of {path} are damaged: left out, and kept in" in said
+    assert (tmp_path / "stats.damaged.jsonl").read_bytes() == before
+    assert [r["step"] for r in StatsLog(tmp_path, up_to_step=50).rows] == [10, 20]
+    assert not capsys.readouterr().err
 
 
 def test_an_empty_log_has_an_empty_array_and_a_picture(tmp_path):

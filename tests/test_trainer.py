@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -632,18 +633,32 @@ def test_a_compiled_run_ends_with_the_same_bits_and_goes_on_from_a_plain_one(
     assert json.loads((only_run(parts) / "run.json").read_text())["step"] == 20
 
 
-@pytest.mark.parametrize("signaled", [KeyboardInterrupt(), Terminated(signal.SIGTERM)], ids=repr)
-def test_a_signal_in_the_warm_up_ends_it_at_once(tmp_path, monkeypatch, capsys, signaled):
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_in_the_warm_up_ends_it_at_once(tmp_path, monkeypatch, capsys, number, code):
     """There is nothing to save yet, and a compiler may take a minute."""
 
     def interrupted(self):
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        raise signaled
+        os.kill(os.getpid(), number)
+        time.sleep(60)
 
     monkeypatch.setattr(State, "warm_up", interrupted)
-    code = 130 if isinstance(signaled, KeyboardInterrupt) else 143
     assert train(tmp_path, "--kimg=0.04") == code
     assert json.loads((only_run(tmp_path) / "run.json").read_text())["status"] == "preempted"
+    assert "ended at once, not saved; the newest checkpoint is not there" in capsys.readouterr().err
+
+
+def test_what_a_signal_breaks_in_code_that_swallows_it_is_told_as_the_signal(
+    tmp_path, monkeypatch, capsys
+):
+    def broken(self):
+        with suppress(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        raise AttributeError("half of a module")
+
+    monkeypatch.setattr(State, "warm_up", broken)
+    assert train(tmp_path, "--kimg=0.04") == 143
+    assert "terminated by SIGTERM" in capsys.readouterr().err
 
 
 def test_resume_auto_takes_a_run_by_other_code_and_names_what_else_differs(tmp_path, capsys):
