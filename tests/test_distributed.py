@@ -264,6 +264,22 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(caught_at, number):
         assert meetings <= 40  # by time, not by step
 
 
+def orphaned(ranks):
+    if ranks.rank == 1:
+        ranks._watcher.gone = "Connection reset by peer"
+    stop, step = Stop(ranks, [], 0), 0
+    while not (number := stop.by(step)):
+        step += 1
+        time.sleep(0.01)
+    return number, step
+
+
+def test_ranks_whose_meeting_place_is_gone_stop_together_and_can_save():
+    """As after `kill -9` of torchrun."""
+    (one, other) = in_ranks(2, orphaned)
+    assert one == other and one[0] == signal.SIGTERM
+
+
 def test_a_rank_alone_stops_at_once_and_meets_nobody():
     caught = []
     stop = Stop(Ranks(), caught, 0)

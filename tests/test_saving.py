@@ -214,6 +214,26 @@ def test_a_bug_in_the_thread_is_raised(run, saver, disk, how, error):
         getattr(saver, how)(*args)
 
 
+def test_what_is_too_many_makes_room_on_a_full_disk(tmp_path, monkeypatch):
+    """`--keep-checkpoints` was lowered, and the disk is full before it was heeded."""
+    for images in (1000, 2000, 3000, 4000):
+        checkpoint.save(tmp_path / "checkpoints", images, tensors(), META)
+    kept = checkpoint.save
+
+    def full(*args):
+        if len(checkpoint.checkpoints(tmp_path)) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return kept(*args)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    saver = Saver(tmp_path, 2)
+    saver.begin(5000, tensors(), META)
+    saver.finish()
+    saver.close()
+    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["000004.000kimg", "000005.000kimg"]
+
+
 def test_close_waits_tells_and_does_not_raise(run, saver, disk, capsys):
     disk.open.clear()
     disk.error = KeyError("model")

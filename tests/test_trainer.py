@@ -22,6 +22,7 @@ from fastgan.cli import main
 from fastgan.config import TrainConfig
 from fastgan.data.prepare import default_root, prepare
 from fastgan.modes import pick_modes
+from fastgan.runlog import Run
 from fastgan.signals import Terminated
 from fastgan.state import State
 from tape import in_the_place_of_cuda
@@ -386,6 +387,55 @@ def test_a_killed_run_that_had_all_its_images_is_done(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "status": "running"}))
     assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0
     assert json.loads(path.read_text()) == {"status": "done", "step": 5, "kimg": 0.04}
+
+
+def test_a_run_folder_that_is_moved_away_is_made_anew_and_the_run_is_kept(
+    tmp_path, monkeypatch, capsys
+):
+    advance = State._advance
+
+    def move(self, batch):
+        advance(self, batch)
+        if self.step_count == 3:
+            only_run(tmp_path).rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(State, "_advance", move)
+    assert train(tmp_path, "--kimg=0.08") == 0
+    run = only_run(tmp_path)
+    assert "has been moved or emptied: its files are made anew" in capsys.readouterr().err
+    monkeypatch.setattr(State, "_advance", advance)
+    assert main(["train", f"--resume={run}", "--kimg=0.12"]) == 0
+    assert json.loads((run / "run.json").read_text())["step"] == 15
+
+
+def test_the_same_run_that_another_process_has_begun_is_not_begun_again(tmp_path, capsys):
+    """Before its first checkpoint, too, where `--resume auto` finds nothing to go on with."""
+    config = TrainConfig(**TINY, sample_kimg=9, kimg=0.04, device="cpu", out=tmp_path)
+    begun = Run.create(config)
+    assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 1
+    said = capsys.readouterr().err
+    assert f"{begun.path} is the same run, and in use by process {os.getpid()} on " in said
+    begun.close()
+    assert train(tmp_path, "--kimg=0.04", "--resume=auto") == 0  # it has ended without one
+    assert len(list(tmp_path.glob("0*"))) == 2
+
+
+def test_a_lock_that_cannot_be_opened_says_what_it_is(tmp_path, capsys):
+    assert train(tmp_path, "--kimg=0.04") == 0
+    run = only_run(tmp_path)
+    (run / "run.lock").unlink()
+    (run / "run.lock").mkdir()
+    assert main(["train", f"--resume={run}", "--kimg=0.08"]) == 1
+    said = capsys.readouterr().err
+    assert f"{run / 'run.lock'} cannot be opened (Is a directory): a run is used by one" in said
+
+
+def test_a_link_to_a_checkpoint_leads_to_its_run(tmp_path):
+    assert train(tmp_path, "--kimg=0.04") == 0
+    run = only_run(tmp_path)
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "000000.040kimg")
+    assert main(["train", f"--resume={tmp_path / 'link'}", "--kimg=0.08"]) == 0
+    assert json.loads((run / "run.json").read_text())["step"] == 10
 
 
 def test_a_checkpoint_set_aside_goes_on_in_the_place_of_its_namesake(tmp_path):
