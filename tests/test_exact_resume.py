@@ -82,9 +82,8 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, undistu
     assert_the_same(undisturbed(*flags), stopped_and_resumed(monkeypatch, tmp_path, k, *flags))
 
 
-@pytest.mark.parametrize(
-    "k", [pytest.param(k, marks=[] if k == 4 else pytest.mark.slow) for k in STOPS.values()]
-)
+@pytest.mark.slow  # test_trainer.py has a shorter one
+@pytest.mark.parametrize("k", STOPS.values(), ids=STOPS)
 def test_a_compiled_run_too(tmp_path, monkeypatch, undisturbed, k):
     flags = ("--compile",)
     assert_the_same(undisturbed(*flags), stopped_and_resumed(monkeypatch, tmp_path, k, *flags))

@@ -221,6 +221,7 @@ def gone_on(out, *flags):
     return run, kept.meta["step"] + 5
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_a_process_of_torchruns_all_end_and_the_run_goes_on(cache, tmp_path):
     out = tmp_path / "killed"
     out.mkdir()
@@ -359,6 +360,7 @@ def test_a_launchers_variables_that_are_wrong_end_a_process_at_once(environment,
 # Where the images come from.
 
 
+@pytest.mark.slow
 def test_every_loader_gives_two_processes_the_same_run(cache, tmp_path):
     faces = tmp_path / "faces"
     assert main(["faces", "--count=20", "--size=32", f"--out={faces}"]) == 0
@@ -377,6 +379,7 @@ def test_every_loader_gives_two_processes_the_same_run(cache, tmp_path):
 # Several machines.
 
 
+@pytest.mark.slow
 def test_two_nodes_make_one_run(whole, cache, tmp_path):
     out = tmp_path / "runs"
     out.mkdir()

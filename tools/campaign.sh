@@ -122,7 +122,7 @@ section graph 4 "${pytest[@]}" -k "not compile" tests/test_graph.py
 section tests 9 "${pytest[@]}" -k "not compile" -m "gpu and not slow" tests
 section growth 8 "${bench[@]}" growth
 section kernels 6 "${bench[@]}" "$kernels"
-section data 0 "${bench[@]}" "data or feeds"
+section data 0 "${bench[@]}" "data or feeds or saving"
 section convs 0 "${bench[@]}" convs
 section more 0 "${bench[@]}" "test_step and not $first"
 section compiled 0 "${pytest[@]}" -k compile -m "not slow" tests/test_graph.py tests/test_step.py
