@@ -232,7 +232,8 @@ def set_aside_newer(run: Path, images: int, start: Path | None = None) -> list[P
     aside = run / "checkpoints" / "set-aside"
     moved = []
     for path in checkpoints(run):
-        if _kimg(path) * 1000 >= images and path != start:
+        is_start = start is not None and os.path.realpath(path) == os.path.realpath(start)
+        if _kimg(path) * 1000 >= images and not is_start:
             if path.name == _best_name(run):
                 (run / BEST).unlink()  # another will have its name
             aside.mkdir(exist_ok=True)

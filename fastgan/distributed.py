@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -84,8 +85,8 @@ class Ranks:
         if self.world == 1 or wanted == "cpu" or not torch.cuda.is_available():
             return
         count = torch.cuda.device_count()
-        if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
-            return  # a launcher's, which shows each process its own
+        if count == 1 and self.local_world > 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+            return  # a launcher's, which shows each process its own: see `card`
         if self.local_world > count:
             raise UsageError(
                 f"{self.local_world} processes share this machine's {count} GPUs: start one "
@@ -93,6 +94,26 @@ class Ranks:
                 everywhere=True,
             )
         torch.cuda.set_device(self.local)
+
+    def card(self) -> str:
+        """This process's GPU by machine and number, as no other process may have it."""
+        if not torch.cuda.is_available():
+            return ""
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return f"{socket.gethostname()} {getattr(found, 'uuid', self.local)}"
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, in their order."""
+        if self.world == 1:
+            return [text]
+        content = text.encode()[:MESSAGE_BYTES]
+        rows = torch.zeros(self.world, MESSAGE_BYTES, dtype=torch.uint8)
+        if content:
+            rows[self.rank, : len(content)] = torch.frombuffer(
+                bytearray(content), dtype=torch.uint8
+            )
+        self.sum_(rows)
+        return [r.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for r in rows]
 
     def join(self, on_gpu: bool) -> None:
         """Meet the others: from here on they notice each other's end.
@@ -126,9 +147,11 @@ class Ranks:
         _joined = self
 
     def fail(self) -> None:
-        """Let the others know at once that this process has failed, and take its time to end."""
+        """Let the others know at once that this process has failed, which then has some time for
+        what it has to close.
+        """
         if self._watcher is not None:
-            self._watcher.stop(failed=True)
+            self._watcher.fail()
 
     def leave(self, failed: bool) -> None:
         """Say so to the others; after a failure they end, too, and so does this process."""
@@ -138,17 +161,18 @@ class Ranks:
         if not failed:
             try:
                 self.barrier()  # nobody leaves, and takes the store along, before all are done
-            except RunError:
-                failed = True  # to others; this one's work is done
+                whole = True
+            except RunError:  # another one is gone; this one's work is done
+                whole = False
         watcher, self._watcher, _joined = self._watcher, None, Ranks()
         watcher.stop(failed)
-        # What waits on a GPU for a rank that is gone may hold up the interpreter's own end, when no
-        # thread of Python runs any more.
-        nowhere = open(os.devnull, "w")  # noqa: SIM115 - faulthandler's from here on
-        faulthandler.dump_traceback_later(GRACE_S, exit=True, file=nowhere)
-        if not failed:
+        if failed:
+            # What waits on a GPU for a rank that is gone may hold up the interpreter's own end,
+            # when no thread of Python runs any more.
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 - faulthandler's from here on
+            faulthandler.dump_traceback_later(GRACE_S, exit=True, file=nowhere)
+        elif whole:
             torch.distributed.destroy_process_group()
-            faulthandler.cancel_dump_traceback_later()
 
     @property
     def orphaned(self) -> int:
@@ -217,20 +241,11 @@ class Ranks:
             failed = error
         except OSError as error:
             failed = RunError(str(error))
-        mark = 0 if failed is None else 1 if isinstance(failed, UsageError) else 2
-        text = b"" if failed is None else str(failed).encode()[: MESSAGE_BYTES - 1]
-        row = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
-        row[0] = mark
-        if text:
-            row[1 : 1 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        rows = torch.zeros(self.world, MESSAGE_BYTES, dtype=torch.uint8)
-        rows[self.rank] = row
-        self.sum_(rows)
-        for rank, (kind, *_) in enumerate(rows.tolist()):
-            if kind:
-                said = rows[rank, 1:].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
-                what = UsageError if kind == 1 else RunError
-                raise what(said if rank == 0 else f"rank {rank}: {said}", everywhere=True)
+        kind = "" if failed is None else "U" if isinstance(failed, UsageError) else "R"
+        for rank, said in enumerate(self.gather(kind + str(failed or ""))):
+            if said:
+                what = UsageError if said[0] == "U" else RunError
+                raise what(said[1:] if rank == 0 else f"rank {rank}: {said[1:]}", everywhere=True)
 
     def _max_(self, t: Tensor) -> None:
         if self.world > 1:
@@ -288,7 +303,7 @@ class Watcher:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._store, self._rank = store, rank
         self._others = [other for other in range(world) if other != rank]
-        self._left = threading.Event()
+        self._left, self._stir = threading.Event(), threading.Event()
         self._failed = False
         self._answers = 0  # of the store
         self._signs: dict[int, str] = {}  # the last of each other rank that has come
@@ -300,10 +315,16 @@ class Watcher:
         self._asking.start()
         threading.Thread(target=self._watch, daemon=True).start()
 
+    def fail(self) -> None:
+        """Give the sign that this rank has failed. It is ended itself should it not end."""
+        self._failed = True
+        self._stir.set()
+
     def stop(self, failed: bool) -> None:
         """Give no more signs, but that it has failed, and look for none."""
         self._failed = failed
         self._left.set()
+        self._stir.set()
         self._asking.join(BEAT_S)
 
     def reason(self, wait_s: float) -> str:
@@ -318,12 +339,14 @@ class Watcher:
         beats, mine = 0, _key(self._rank)
         try:
             while True:
-                self._store.set(mine, str(beats))
+                self._store.set(mine, "failed" if self._failed else str(beats))
                 come = [o for o in self._others if o in self._signs or self._store.check([_key(o)])]
                 signs = self._store.multi_get([_key(other) for other in come]) if come else []
                 self._signs = {o: sign.decode() for o, sign in zip(come, signs, strict=True)}
                 self._answers += 1
-                if self._left.wait(BEAT_S):
+                self._stir.wait(BEAT_S)
+                self._stir.clear()
+                if self._left.is_set():
                     break
                 beats += 1
             if self._failed:

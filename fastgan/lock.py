@@ -14,15 +14,16 @@ with suppress(ImportError):
     fcntl = importlib.import_module("fcntl")
 
 
-def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file until it is closed; False where another process has it.
+def try_lock(file: IO[Any], shared: bool = False) -> bool:
+    """Lock an open file until it is closed; False where another process has it. A `shared` one goes
+    with others of its kind.
 
     Raises `OSError` where there are no locks, as on some network file systems.
     """
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -7,6 +7,7 @@ on; only what it ends with must be on the disk.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,8 @@ class Recorder:
         self.config = state.config
         self.saver = Saver(run.path, self.config.keep_checkpoints)
         self._open = ExitStack()
+        self._kept = -1  # images, when it was last on the disk for sure
+        self.ended = False
         # of a grid since the last tick
         self._diversity = start.meta.get("diversity") if start is not None else None
 
@@ -139,15 +142,21 @@ class Recorder:
 
     def save(self) -> None:
         """Begin a checkpoint of the state as it is now."""
-        if not (self.run.path / "config.json").exists():  # without it a checkpoint is of no run
-            console.warn(f"{self.run.path} has been moved or emptied: its files are made anew")
-            with self._going_on("config.json"):
-                self.run.path.mkdir(parents=True, exist_ok=True)
-                self._describe()
+        with self._going_on("config.json"):
+            self._restore()
         meta = {**self.state.meta(), "diversity": self._diversity}
         self.saver.begin(self.state.images, self.state.parts(), meta)
         with self._going_on("run.json"):
             self.run.status("running", self.state.step_count, self.state.images)
+
+    def _restore(self) -> None:
+        """Make anew what a checkpoint is nothing without, if the folder was moved or emptied."""
+        try:
+            os.stat(self.run.path / "config.json")
+        except FileNotFoundError:
+            console.warn(f"{self.run.path} has been moved or emptied: its files are made anew")
+            (self.run.path / "samples").mkdir(parents=True, exist_ok=True)
+            self._describe()
 
     def save_now(self) -> None:
         """A checkpoint that must be on the disk.
@@ -158,6 +167,7 @@ class Recorder:
         try:
             self.save()
             self.saver.finish()
+            self._kept = self.state.images
         except OSError as error:
             raise RunError(
                 f"the run {self.run.path} cannot be written: {error}; its last checkpoint is "
@@ -184,6 +194,7 @@ class Recorder:
         that is given).
         """
         state, run = self.state, self.run
+        self.ended = True
         try:
             run.status(status, state.step_count, state.images)
         except OSError as error:
@@ -195,7 +206,7 @@ class Recorder:
                 f"stopped at {state.images / 1000:g} kimg by {signal.Signals(signal_).name}, "
                 f"saved; fastgan train --resume {shlex.quote(str(run.path))} goes on"
             )
-        elif status == "preempted":
+        elif status == "preempted" and self._kept != state.images:
             console.warn(f"ended at once, not saved; the newest checkpoint is {self._newest()}")
 
     def _newest(self) -> str:

@@ -47,9 +47,10 @@ class Run:
             console.warn(f"{path} cannot be locked ({error}): see that no other run uses it")
             return
         with suppress(OSError):  # a full disk: the lock is held, if namelessly
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self._lock.flush()
+            os.ftruncate(self._lock.fileno(), 0)
+            os.write(
+                self._lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+            )
 
     @classmethod
     def create(cls, config: TrainConfig) -> Self:
@@ -64,10 +65,15 @@ class Run:
                 break
             except FileExistsError:
                 number += 1
-        (path / "samples").mkdir()
-        (path / "checkpoints").mkdir()
         run = cls(path)
-        run.write("config.json", to_plain(config))  # who looks for a run to go on with finds this
+        try:
+            (path / "samples").mkdir()
+            (path / "checkpoints").mkdir()
+            # who looks for a run to go on with finds this
+            run.write("config.json", to_plain(config))
+        except OSError as error:
+            run.close()
+            raise RunError(f"the run {path} cannot be written: {error}") from None
         return run
 
     def write(self, name: str, values: dict[str, Any]) -> None:
@@ -81,6 +87,12 @@ class Run:
         """Record where the run stands: running, done, preempted or failed."""
         self.write("run.json", {"status": status, "step": step, "kimg": images / 1000})
 
+    def finish(self, step: int, images: int) -> None:
+        """Record that the run is done where a kill came before that could be."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads((self.path / "run.json").read_text("utf-8"))["status"] == "running":
+                self.status("done", step, images)
+
     def close(self) -> None:
         """Let go of the lock."""
         self._lock.close()
@@ -89,7 +101,7 @@ class Run:
 def held_by(path: Path) -> str:
     """The process that has a run open; "" if none has."""
     with suppress(OSError), open(path / LOCK) as file:
-        if not try_lock(file):
+        if not try_lock(file, shared=True):
             return _holder(file)
     return ""
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, console
+from .errors import RunError
 from .tensor_file import Plain, plain
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -130,10 +131,12 @@ class Saver:
     def _work(self) -> None:
         """The thread: one save after another, until there is a None."""
         while (save := self._jobs.get()) is not None:
-            self._write(save)
             ended = save.ended
-            del save  # what frees tensors must not be this thread, while the interpreter ends
-            ended.set()
+            try:
+                self._write(save)
+            finally:
+                del save  # what frees tensors must not be this thread, while the interpreter ends
+                ended.set()
 
     def _write(self, save: _Save) -> None:
         """Nothing of torch is called here that lets go of Python's lock on the way (`Plain`), and
@@ -154,7 +157,7 @@ class Saver:
         except BaseException as error:
             save.error = error
             if isinstance(error, OSError):
-                with suppress(OSError):
+                with suppress(OSError, RunError):
                     paths = reversed(checkpoint.checkpoints(self._run))
                     save.newest = next(filter(checkpoint.looks_whole, paths), None)
 

@@ -19,7 +19,7 @@ from .config import TrainConfig, to_plain
 from .data.feed import Batch
 from .data.loader import Data, open_feed
 from .distributed import Ranks
-from .errors import RunError, UsageError, first_line
+from .errors import RunError, UsageError, first_line, is_out_of_memory
 from .graph import Graphed, warm_up
 from .models import Discriminator, Generator, init_weights
 from .modes import Modes
@@ -259,6 +259,8 @@ class State:
                 self.random.set_state(state["random.latents"])
                 return state["random.latents"]
         except (ValueError, KeyError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = first_line(error)
             raise RunError(f"checkpoint {start.path} does not fit this run: {reason}") from None
         # their generators know nothing of each other

@@ -82,8 +82,7 @@ class StatsLog:
         self._whole = False  # whether the file is what `rows` is
         path = folder / "stats.jsonl"
         if path.is_file():
-            rows, wrong = _read_rows(path)
-            self.rows = [row for row in rows if row["step"] <= up_to_step]
+            self.rows, wrong = _read_rows(path, up_to_step)
             if wrong:
                 kept = path.with_suffix(".damaged.jsonl")
                 replace_file(kept, path.read_bytes())
@@ -147,15 +146,17 @@ class StatsLog:
         replace_file(self.folder / "losses.png", content.getvalue())
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of stats.jsonl, and how many lines are none; a kill may have cut the last one short,
-    which is no loss.
+def _read_rows(path: Path, up_to_step: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows of stats.jsonl up to a step, and how many lines are none; a kill may have cut the
+    last one short, which is no loss.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n")
     wrong = 0
     for line in lines[:-1]:
         row = _row(line)
+        if row is not None and row["step"] > up_to_step:
+            continue
         if row is not None and (not rows or row["step"] > rows[-1]["step"]):
             rows.append(row)
         else:

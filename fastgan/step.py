@@ -13,8 +13,8 @@ whatever changes from step to step is a tensor: the whole of it can be captured 
 (`graph.py`).
 
 Of several processes each takes its share of the batch: all draw the whole batch's latents and flips
-and use their rows, and each network's gradients are averaged before its Adam (`distributed.py`). A
-step with numbers that are not finite changes nothing (`health.py`).
+and use their rows, and each network's gradients are averaged before its Adam (`distributed.py`).
+What is not finite changes nothing (`health.py`).
 """
 
 from __future__ import annotations

@@ -142,8 +142,9 @@ def _train(
                     f"{run.path if run else start} has its {state.images / 1000:g} kimg: nothing "
                     "to do (a larger --kimg or --epochs goes on)"
                 )
-                if run is not None:  # a kill may have come before that was written
-                    run.status("done", state.step_count, state.images)
+                paths = checkpoint.checkpoints(run.path) if run is not None else []
+                if run is not None and saved is not None and saved.path == paths[-1]:
+                    run.finish(state.step_count, state.images)
                 return 0
         recorder = None
         if run is not None:
@@ -157,7 +158,13 @@ def _check_alike(config: TrainConfig, modes: Modes, ranks: Ranks) -> None:
     mine |= {"device": modes.device.type, "16-bit type": str(modes.low), "kernels": modes.impl}
     mine |= {"compile": modes.compile, "CUDA graph": modes.graph, "torch": torch.__version__}
     first = ranks.share(mine)
+    cards = ranks.gather(ranks.card() if modes.device.type == "cuda" else "")
     with ranks.together():
+        if modes.device.type == "cuda" and cards.count(cards[ranks.rank]) > 1:
+            raise UsageError(
+                f"{cards.count(cards[ranks.rank])} processes have one GPU ({cards[ranks.rank]}): "
+                "start one process a GPU (torchrun --nproc-per-node), or add --device cpu"
+            )
         for name in {**first, **mine}:
             if first.get(name) != mine.get(name):
                 raise UsageError(
@@ -196,7 +203,7 @@ class Trainer:
                 recorder.end("done" if done else "preempted", stopped)
         except BaseException as error:
             self.ranks.fail()  # before what follows, which may wait for a disk
-            if recorder is not None:
+            if recorder is not None and not recorder.ended:
                 recorder.end("failed" if isinstance(error, Exception) else "preempted")
             raise
         return 0 if done else 128 + stopped

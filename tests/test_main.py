@@ -15,6 +15,12 @@ import fastgan.__main__
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch):
+    """Those that other tests have left, which `main` would end the process for."""
+    monkeypatch.setattr("fastgan.__main__.threading.enumerate", lambda: [])
+
+
 def started(folder, tyro, args=("info", "--nothing"), **options):
     """`python -m fastgan`, with a tyro that is `tyro` and then the real one."""
     folder.mkdir()
