@@ -158,6 +158,15 @@ def looks_whole(path: Path) -> bool:
         return False
 
 
+def newest_by_looks(run: Path) -> Path | None:
+    """The newest checkpoint of a run that `looks_whole`, if there is one.
+
+    Raises:
+        RunError: its checkpoints cannot be listed.
+    """
+    return next(filter(looks_whole, reversed(checkpoints(run))), None)
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     """The content of meta.json, whole by its own digest."""
     try:

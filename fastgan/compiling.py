@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import console
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # where PyTorch keeps compiled code
 INSTEAD = "train without --compile"
@@ -115,7 +115,7 @@ def no_recompiles(active: bool) -> Iterator[None]:
         except RuntimeError as error:
             if "fail_on_recompile" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
             raise RunError(
-                f"torch.compile would compile again ({reason}), {_where(error)}; {INSTEAD}"
+                f"torch.compile would compile again ({first_line(error)}), {_where(error)}; "
+                f"{INSTEAD}"
             ) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .data.feed import Batch
-from .errors import RunError, is_out_of_memory
+from .errors import RunError, first_line, is_out_of_memory
 
 WARM_UP = 3  # steps: code is compiled, cuDNN's algorithms are searched, libraries get their memory
 
@@ -87,10 +87,9 @@ class Graphed:
             cause = failed[0] if failed else error
             if is_out_of_memory(cause) or not isinstance(cause, Exception):
                 raise cause from None
-            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
             raise RunError(
-                f"the step could not be captured as a CUDA graph ({reason}); --no-graph trains "
-                "without one"
+                f"the step could not be captured as a CUDA graph ({first_line(cause)}); --no-graph "
+                "trains without one"
             ) from cause
 
     def __call__(self, batch: Batch) -> Any:

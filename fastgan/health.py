@@ -20,6 +20,7 @@ from fastgan_kernels import guard
 
 from .config import TrainConfig
 from .optim import Trained
+from .packing import packed_bytes, places
 from .precision import LossScale
 
 # A scale that has been halved so often says that it is not the scale.
@@ -138,13 +139,8 @@ def _side_by_side(buffers: Sequence[Tensor], device: torch.device) -> Tensor:
     """The memory that these tensors are moved into, one after the other, as int64 numbers: a single
     tensor, of which they stay the parts. Each begins on `ALIGNED_BYTES`.
     """
-    starts, end = [], 0
-    for buffer in buffers:
-        starts.append(end)
-        end += -(-buffer.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
-    whole = torch.zeros(end, dtype=torch.uint8, device=device)
-    for buffer, start in zip(buffers, starts, strict=True):
-        part = whole[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+    whole = torch.zeros(packed_bytes(buffers, ALIGNED_BYTES), dtype=torch.uint8, device=device)
+    for buffer, part in zip(buffers, places(whole, buffers, ALIGNED_BYTES), strict=True):
         part.copy_(buffer)
         # torch.compile refuses tensors of one storage that are views of it by several types: each
         # gets a storage of its own, on the same memory

@@ -19,7 +19,6 @@ import torch
 
 from . import __version__, checkpoint, console
 from .config import to_plain
-from .data.loader import Data
 from .data.on_the_fly import OnTheFly
 from .env import environment, machine_line
 from .errors import RunError, first_line, is_out_of_memory
@@ -38,14 +37,13 @@ class Recorder:
         self,
         run: Run,
         state: State,
-        data: Data,
         start: checkpoint.Checkpoint | None = None,
         changed: Sequence[str] = (),
     ) -> None:
         """`start`: the checkpoint that the state is from, if it is not a new run's; `changed`: what
         has changed since, in lines (`resume.check_changes`).
         """
-        self.run, self.state, self.data = run, state, data
+        self.run, self.state, self.data = run, state, state.data
         self.start, self.changed = start, changed
         self.config = state.config
         self.saver = Saver(run.path, self.config.keep_checkpoints)
@@ -211,8 +209,7 @@ class Recorder:
 
     def _newest(self) -> str:
         try:
-            paths = reversed(checkpoint.checkpoints(self.run.path))
-            whole = next(filter(checkpoint.looks_whole, paths), None)
+            whole = checkpoint.newest_by_looks(self.run.path)
             return whole.name if whole is not None else "not there"
         except (OSError, RunError) as error:
             return f"not known ({first_line(error)})"

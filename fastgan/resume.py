@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import console
-from .checkpoint import META, checkpoints, looks_whole
+from .checkpoint import META, checkpoints, newest_by_looks
 from .config import TrainConfig, differences, flag_of, recorded_config
 from .errors import RunError, UsageError
 from .formats import upgraded_config
@@ -233,7 +233,7 @@ def _newest_record(path: Path) -> tuple[Path, dict[str, Any] | None]:
     """
     run, path = run_of(path), Path(os.path.abspath(path))
     if path == run:
-        path = next(filter(looks_whole, reversed(checkpoints(run))), run)
+        path = newest_by_looks(run) or run
     return path, None if path == run else _record(path)
 
 

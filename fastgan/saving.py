@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import checkpoint, console
 from .errors import RunError
+from .packing import packed_bytes, places
 from .tensor_file import Plain, plain
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -158,8 +159,7 @@ class Saver:
             save.error = error
             if isinstance(error, OSError):
                 with suppress(OSError, RunError):
-                    paths = reversed(checkpoint.checkpoints(self._run))
-                    save.newest = next(filter(checkpoint.looks_whole, paths), None)
+                    save.newest = checkpoint.newest_by_looks(self._run)
 
 
 @dataclass
@@ -197,12 +197,12 @@ class _Staging:
         flat.sort(key=lambda item: not _on_gpu(item[2]))  # stable: the order of the parts within
         tensors = [t for _, _, t in flat]
         on_gpu = [t for t in tensors if _on_gpu(t)]
-        total = sum(map(_room, tensors))
+        total = packed_bytes(tensors, ALIGN_BYTES)
         pinned = bool(on_gpu)
         if self._host is None or self._host.nbytes < total or self._host.is_pinned() != pinned:
             self._host = None  # before the next is taken
             self._host = _host_memory(total, pinned)
-        views = _views(self._host, tensors)
+        views = places(self._host, tensors, ALIGN_BYTES)
         ready = self._from_gpu(on_gpu, self._host) if on_gpu else None
         for view, t in zip(views[len(on_gpu) :], tensors[len(on_gpu) :], strict=True):
             view.copy_(t)
@@ -216,16 +216,16 @@ class _Staging:
         device = tensors[0].device
         ready = torch.cuda.Event()
         current = torch.cuda.current_stream(device)
-        total = sum(map(_room, tensors))
+        total = packed_bytes(tensors, ALIGN_BYTES)
         try:
             there = torch.empty(total, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             # straight to the host, between two steps: the GPU waits for the bus, the host does not
-            for view, t in zip(_views(host, tensors), tensors, strict=True):
+            for view, t in zip(places(host, tensors, ALIGN_BYTES), tensors, strict=True):
                 view.copy_(t, non_blocking=True)
             ready.record(current)
             return ready
-        for view, t in zip(_views(there, tensors), tensors, strict=True):
+        for view, t in zip(places(there, tensors, ALIGN_BYTES), tensors, strict=True):
             view.copy_(t)
         if self._side is None:
             self._side = torch.cuda.Stream(device)
@@ -243,17 +243,3 @@ def _on_gpu(t: Tensor) -> bool:
 
 def _host_memory(count: int, pinned: bool) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
-
-
-def _room(t: Tensor) -> int:
-    return -(-t.nbytes // ALIGN_BYTES) * ALIGN_BYTES
-
-
-def _views(memory: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Places in `memory`, bytes, one after another, each of a tensor's type and shape."""
-    views, begin = [], 0
-    for t in tensors:
-        piece = memory[begin : begin + t.nbytes]
-        views.append(piece.view(t.dtype).view(t.shape))
-        begin += _room(t)
-    return views

@@ -148,7 +148,7 @@ def _train(
                 return 0
         recorder = None
         if run is not None:
-            recorder = stack.enter_context(closing(Recorder(run, state, data, saved, changed)))
+            recorder = stack.enter_context(closing(Recorder(run, state, saved, changed)))
         return Trainer(state, recorder).run(outer)
 
 

@@ -48,13 +48,19 @@ def refused(path, rule, error=RunError):
     return said
 
 
-@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
-def test_what_was_written_is_read(tmp_path, form):
-    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.PTH")
+def written(folder, form, name):
+    """NAMES as safetensors, or in one of torch.save's two forms by this name."""
+    path = folder / ("w.safetensors" if form == "safetensors" else name)
     if form == "safetensors":
         safetensors.torch.save_file(NAMES, path)
     else:
         torch.save(NAMES, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+def test_what_was_written_is_read(tmp_path, form):
+    path = written(tmp_path, form, "w.PTH")
     same(read_weights(path), NAMES)
 
 
@@ -305,11 +311,7 @@ def test_a_torchscript_archive_is_refused(tmp_path):
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("keep", [0, 3, 8, 0.1, 0.5, 0.9, -1])
 def test_a_truncated_file(tmp_path, form, keep):
-    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
-    if form == "safetensors":
-        safetensors.torch.save_file(NAMES, path)
-    else:
-        torch.save(NAMES, path, _use_new_zipfile_serialization=form == "zip")
+    path = written(tmp_path, form, "w.pth")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
     refused(path, "")
@@ -318,11 +320,7 @@ def test_a_truncated_file(tmp_path, form, keep):
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
 def test_damage_anywhere_is_an_error_or_other_numbers(tmp_path, form):
     """Of a zip never other numbers: each member has a checksum."""
-    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
-    if form == "safetensors":
-        safetensors.torch.save_file(NAMES, path)
-    else:
-        torch.save(NAMES, path, _use_new_zipfile_serialization=form == "zip")
+    path = written(tmp_path, form, "w.pth")
     whole = path.read_bytes()
     random = Random(0)
     for _ in range(300):

@@ -30,6 +30,9 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 # Counters that kernels leave at zero are handed out in turn; a slice comes up again after this
 # many, thousands of launches later, when the kernel that had it has long ended.
 COUNTERS = 1 << 18
+# Tensors a launch: their pointers are kernel arguments, 4 KB of them (CUDA 12.1 takes 32), and each
+# tensor is a branch of its own to compile.
+MOST = 64
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -151,3 +154,13 @@ def launch(
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each place once."""
+    held = 1
+    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride != held:
+            return False
+        held *= size
+    return True

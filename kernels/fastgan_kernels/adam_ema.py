@@ -35,13 +35,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ._launch import DTYPES, choose, counters, jit, launch, tl
+from ._launch import DTYPES, MOST, choose, counters, is_dense, jit, launch, tl
 
 BLOCK = 1024  # elements a program: a 16-byte load of each array by each of 128 threads, twice
 WARPS = 4
-# Tensors a launch: their pointers are kernel arguments, 4 KB of them (CUDA 12.1 takes 32), and each
-# tensor is a branch of its own to compile.
-MOST = 64
 
 
 @dataclass(frozen=True)
@@ -417,16 +414,6 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(
         i == j for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1
     )
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each place once."""
-    held = 1
-    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
-        if stride != held:
-            return False
-        held *= size
-    return True
 
 
 def as_laid_out(like: Tensor, t: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ._launch import DTYPES, choose, counters, jit, launch, tl
-from .adam_ema import MOST, is_dense
+from ._launch import DTYPES, MOST, choose, counters, is_dense, jit, launch, tl
 
 BLOCK = 4096  # elements a program: eight 16-byte loads (float32) in flight of each of 128 threads
 WARPS = 4
