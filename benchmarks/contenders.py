@@ -119,6 +119,40 @@ class Tutorial(Contender):
         self.reference.draw, self.advance = drawn, advance  # type: ignore[method-assign]
 
 
+class FromOnePixel(nn.ConvTranspose2d):
+    """The generator's first layer, [B, latent, 1, 1] to [B, C, base, base], as the matrix product
+    that it is.
+
+    Inductor takes the strides of one pixel in channels-last memory for others than cuDNN returns,
+    and fails in the convolution's backward (torch 2.11).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        weight = self.weight.permute(0, 2, 3, 1)  # the order of channels-last memory
+        y = x.flatten(1) @ weight.flatten(1)
+        return y.view(-1, *weight.shape[1:]).permute(0, 3, 1, 2)
+
+
+class ToOnePixel(nn.Conv2d):
+    """The discriminator's last layer, [B, C, base, base] to [B, 1], likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, self.weight))
+        return nn.functional.linear(x, weight)
+
+
+def tuned_networks(case: Case) -> tuple[nn.Sequential, nn.Sequential]:
+    """The tutorial's G, and D up to its logits (autocast refuses BCELoss), with those two layers;
+    parameters, their names and their order are the tutorial's.
+    """
+    g = make_generator(case.size, case.latent, case.width)
+    d = make_discriminator(case.size, case.width)[:-1]
+    base, _ = split_size(case.size)
+    g[0] = FromOnePixel(case.latent, g[0].out_channels, base, bias=False)
+    d[-1] = ToOnePixel(d[-1].in_channels, 1, base, bias=False)
+    return g, d
+
+
 class Tuned(Contender):
     """The tutorial's loop with what PyTorch offers a user who wants speed; the loop reads no number
     back (GradScaler does, but for a fused Adam).
@@ -141,8 +175,7 @@ class Tuned(Contender):
         graph: bool = False,
     ) -> None:
         device = data.real.device
-        g = make_generator(case.size, case.latent, case.width)
-        d = make_discriminator(case.size, case.width)[:-1]  # logits: autocast refuses BCELoss
+        g, d = tuned_networks(case)
         for network in (g, d):
             network.to(device).to(memory_format=torch.channels_last)
         self.networks = g, d
@@ -210,6 +243,7 @@ class Ours(Contender):
     Args:
         low: bfloat16 or float16; None for float32.
         kernels, adam: "triton" or "torch".
+        convs: "auto" or "torch", cuDNN's convolutions; None as the kernels.
         compile: all three passes (True), or those of `Step` that are named.
     """
 
@@ -221,14 +255,15 @@ class Ours(Contender):
         low: torch.dtype | None = None,
         kernels: str = "torch",
         adam: str = "torch",
+        convs: str | None = None,
         one_pass: bool = True,
         compile: bool | tuple[str, ...] = False,
         graph: bool = False,
     ) -> None:
         device = data.real.device
         shape = (case.size, case.latent, case.width)
-        g, average = (Generator(*shape, impl=kernels) for _ in range(2))
-        d = Discriminator(case.size, case.width, kernels)
+        g, average = (Generator(*shape, impl=kernels, conv_impl=convs) for _ in range(2))
+        d = Discriminator(case.size, case.width, kernels, convs)
         for network in (g, d, average):
             network.to(device).to(memory_format=torch.channels_last)
         ema = Ema(g, average, case.batch, 10_000)

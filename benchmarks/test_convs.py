@@ -1,24 +1,23 @@
-"""The ten convolutions of a 64 px DCGAN: cuDNN, plain matrix products where a layer is one, and the
-candidates of `conv4x4`.
+"""The ten convolutions of a 64 px DCGAN: fastgan's kernels, cuDNN, and plain matrix products where
+a layer is one.
 
     pytest benchmarks --benchmark-only -k convs
 
 A test is one product of one geometry at one batch. A layer of D and the mirrored one of G share a
 geometry, a large map, a small map and a weight: what is forward in one is the input gradient of the
-other, the same call of cuDNN and the same kernel. Products are named as in `conv4x4`: fwd from the
-large map to the small one, dgrad back, wgrad; each row says what that is in which layer.
+other, the same call of cuDNN and the same kernel. Products are named as in `conv4x4_kernels`: fwd
+from the large map to the small one, dgrad back, wgrad; each row says what that is in which layer.
 
 Every variant is checked first, in its largest deviation relative to the largest value: against
 float64, on a GPU for the layers of stride 2 against cuDNN in float32 without TF32. What is wrong,
 or does not compile or launch, becomes a row with its reason and no time, and fails the test after
-the rows are recorded. Of a candidate the best of a few block configurations is taken, by a first
-timing, and timed again beside the others. Bytes are both maps and the weight once; operations those
-of the layer itself, without what padding adds to them.
+the rows are recorded. "fastgan" is the operator with the tile that it chooses; "best tile" the best
+of a few by a first timing, timed again beside the others: where it is faster, the choice is to be
+mended. Bytes are both maps and the weight once; operations those of the layer itself, without what
+padding adds to them.
 
-"4 channels", "8 channels": the image and its weight with zeros up to so many, filled in before.
-"+sums": a batch norm's sums beside the result. "+bn": the layer's input activated on the way in.
-cuDNN's weight gradients are stored in bfloat16, the candidates' in float32. G1's input gradient is
-no part of training.
+"8 channels": cuDNN with the image and its weight filled up with zeros, beforehand. G1's input
+gradient is no part of training.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-import conv4x4
 import pytest
 import torch
 import torch.nn.functional as F
-from conv4x4 import Block
 from harness import Time, interleaved, sets_beyond_l2, synchronised
 from torch import Tensor
 from torch.backends import cudnn
 
+from fastgan_kernels import conv4x4_kernels as kernels
 from fastgan_kernels._launch import INTERPRETED, triton
+from fastgan_kernels.conv4x4_kernels import Block
 
 GPU = torch.cuda.is_available()
 DTYPE, EXACT = (torch.bfloat16, torch.float32) if GPU else (torch.float32, torch.float64)
 CANDIDATES = torch.cuda.get_device_capability() >= (9, 0) if GPU else INTERPRETED
-SIZE, WIDTH = (64, 64) if GPU else (32, 16)
+SIZE, WIDTH = (64, 64) if GPU else (32, 32)
 # Edge of the large map, its channels, those of the small map.
 HALVING = {
     "D1/G5": (SIZE, 3, WIDTH),
@@ -62,27 +61,19 @@ BATCHES = [128, 256] if GPU else [2]  # 256: D's real and fake images in one pas
 LARGE = [1024] if GPU else []
 # Two roundings of bfloat16: some of PyTorch's products add up parts that are already rounded.
 LIMIT = 2**-7 if GPU else 1e-5
-SUMS_LIMIT = 1e-4  # float32 sums of up to a million values, of which none may be missing
 
-POINTER = [
-    Block(128, 128, 64, 8, 3),
+INNER = [
     Block(128, 128, 64, 4, 3),
-    Block(64, 128, 64, 4, 4),
-    Block(128, 64, 64, 4, 4),
-]
-TMA = [
     Block(128, 128, 64, 8, 4),
-    Block(128, 128, 64, 4, 3),
     Block(64, 128, 64, 4, 4),
     Block(128, 64, 64, 4, 4),
     Block(256, 128, 64, 8, 3),
 ]
-WGRAD_POINTER = [*POINTER[:3], Block(64, 128, 64, 4, 4, programs=2)]
-WGRAD_TMA = [*TMA[:2], TMA[4], *(replace(b, programs=2) for b in TMA[1:3])]
-# At an image: 16 columns of dgrad, 48 or 64 rows of wgrad.
-NARROW = [Block(64, 64, 64, 4, 3), Block(128, 64, 64, 4, 3), Block(128, 64, 64, 8, 3)]
-WGRAD_NARROW = [
-    Block(64, 64, k, 4, 3, programs) for k, programs in ((64, 1), (128, 1), (64, 2), (128, 2))
+WGRAD = [*INNER[:3], *(replace(block, programs=2) for block in INNER[:3])]
+IMAGE = [Block(64, 64, k, 4, s) for k, s in ((16, 3), (16, 4))] + [Block(128, 64, 16, 4, 3)]
+DGRAD_IMAGE = [Block(m, 16, 64, w, 3) for m, w in ((64, 4), (128, 4), (32, 4), (64, 2))]
+WGRAD_IMAGE = [
+    Block(64, 64, k, 4, 3, programs) for k, programs in ((64, 1), (64, 2), (128, 2), (64, 4))
 ]
 INTERPRETED_ONE = Block(32, 32, 32, 4, 2)
 
@@ -90,18 +81,9 @@ INTERPRETED_ONE = Block(32, 32, 32, 4, 2)
 class Variant(NamedTuple):
     """One way to compute a product."""
 
-    run: Callable[[int], Any]  # on set i of the buffers
-    seen: Callable[[Any], list[Tensor]]  # what it gave, laid out as what is expected
-    expected: Callable[[], list[Tensor]]
-
-
-class Family(NamedTuple):
-    """A candidate in several block configurations."""
-
-    name: str
-    blocks: list[Block]
-    make: Callable[..., Variant]  # of a block and a form's options
-    forms: dict[str, dict[str, bool]]  # by what is added to the name
+    run: Callable[[int], Tensor]  # on set i of the buffers
+    seen: Callable[[Tensor], Tensor]  # what it gave, laid out as what is expected
+    expected: Callable[[], Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -133,120 +115,81 @@ class Halving:
         self.kind, self.batch, self.device = kind, batch, device
         self.maps = functools.cache(self._maps)
         self.expected = functools.cache(self._expected)
-        channels = self.cs if kind == "dgrad" else self.cl
-        scale, shift = torch.rand(channels, device=device) + 0.5, torch.randn(channels) * 0.5
-        self.act = conv4x4.Act(scale, shift.to(device), 0.2)
         maps = batch * self.edge**2 * (self.cl + self.cs / 4)
         self.elements = int(maps) + 16 * self.cl * self.cs
         self.operations = 2 * batch * (self.edge // 2) ** 2 * 16 * self.cl * self.cs
 
     def _maps(self, i: int, channels: int) -> tuple[Tensor, ...]:
-        """L, S and W of set i; L and W with zeros up to `channels`."""
+        """L, S and W of set i, channels-last; L and W with zeros up to `channels`."""
         random = torch.Generator(self.device).manual_seed(i)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random, device=self.device)
+        def normal(channels_to: int, *shape: int) -> Tensor:
+            x = torch.randn(*shape, generator=random, device=self.device)
+            return F.pad(x, (0, channels_to - shape[-1])).to(DTYPE).permute(0, 3, 1, 2)
 
-        half, zeros = self.edge // 2, channels - self.cl
-        large = F.pad(normal(self.batch, self.edge, self.edge, self.cl), (0, zeros))
-        small = normal(self.batch, half, half, self.cs)
-        weight = F.pad(normal(4, 4, self.cl, self.cs) * 0.05, (0, 0, 0, zeros))
-        return large.to(DTYPE), small.to(DTYPE), weight.to(DTYPE)
+        half = self.edge // 2
+        large = normal(channels, self.batch, self.edge, self.edge, self.cl)
+        small = normal(self.cs, self.batch, half, half, self.cs)
+        return large, small, normal(channels, self.cs, 4, 4, self.cl) * 0.05
 
-    def _expected(self, act: bool) -> list[Tensor]:
-        """The product on set 0 and the sums of a batch norm that follows it."""
-        large, small, weight = self.maps(0, self.cl)
-        if act and self.kind == "dgrad":
-            small = conv4x4.act_ref(small, self.act)
-        elif act:
-            large = conv4x4.act_ref(large, self.act)
-        large, small, weight = (t.to(EXACT) for t in (large, small, weight))
+    def _expected(self) -> Tensor:
+        """The product on set 0."""
+        tensors = (t.to(EXACT) for t in self.maps(0, self.cl))
         with without_tf32():
-            if self.kind == "wgrad":
-                return [conv4x4.wgrad_ref(large, small)]
-            if self.kind == "dgrad":
-                y = conv4x4.dgrad_ref(small, weight)
-            else:
-                y = conv4x4.fwd_ref(large, weight)
-        pixels = y.double().flatten(0, 2)
-        return [y, torch.stack([pixels.sum(0), pixels.square().sum(0)])]
+            return convolution(self.kind, *tensors, stride=2)
 
     def cudnn(self, channels: int) -> Variant:
-        @functools.cache
-        def operands(i: int) -> list[Tensor]:
-            large, small, weight = self.maps(i, channels)
-            weight = weight.permute(3, 0, 1, 2).contiguous()
-            return [t.permute(0, 3, 1, 2) for t in (large, small, weight)]
+        def cut(y: Tensor) -> Tensor:
+            return y if self.kind == "fwd" else y[:, : self.cl]
 
-        def seen(y: Tensor) -> list[Tensor]:
-            if self.kind == "wgrad":
-                return [y.permute(2, 3, 1, 0)[:, :, : self.cl]]
-            return [y.permute(0, 2, 3, 1)[..., : self.expected(False)[0].shape[-1]]]
+        def run(i: int) -> Tensor:
+            return convolution(self.kind, *self.maps(i, channels), stride=2)
 
-        return Variant(
-            lambda i: convolution(self.kind, *operands(i), stride=2),
-            seen,
-            lambda: self.expected(False),
-        )
-
-    def candidate(self, form: str, channels: int, block: Block, **options: bool) -> Variant:
-        """conv_<kind><form> with `sums` and `act` as given."""
-        function = getattr(conv4x4, f"conv_{self.kind}{form}")
-        act = options.pop("act", False)
-        more = {**options, "act": self.act} if act else options
-
-        def run(i: int) -> Any:
-            large, small, weight = self.maps(i, channels)
-            operands = {"fwd": (large, weight), "dgrad": (small, weight), "wgrad": (large, small)}
-            return function(*operands[self.kind], block, **more)
-
-        def seen(result: Any) -> list[Tensor]:
-            if self.kind == "wgrad":
-                return [result[:, :, : self.cl]]
-            y, partial = result
-            sums = [] if partial is None else [partial.double().sum(0)]
-            return [y[..., : self.cl] if self.kind == "dgrad" else y, *sums]
-
-        return Variant(run, seen, lambda: self.expected(act))
+        return Variant(run, cut, self.expected)
 
     def fixed(self) -> dict[str, Variant]:
-        widths = {"": self.cl} | ({", 4 channels": 4, ", 8 channels": 8} if self.cl == 3 else {})
-        return {f"cudnn{name}": self.cudnn(channels) for name, channels in widths.items()}
-
-    def families(self) -> list[Family]:
-        if not CANDIDATES:
-            return []
-        wgrad, bn, sums = self.kind == "wgrad", {"act": True}, {"sums": True}
+        found = {}
+        if CANDIDATES:
+            call = getattr(torch.ops.fastgan_kernels, f"conv4x4_{self.kind}")
+            found["fastgan"] = Variant(lambda i: call(*self._operands(i)), same, self.expected)
+        found["cudnn"] = self.cudnn(self.cl)
         if self.cl == 3:
-            forms = {"+bn": bn} if self.kind == "dgrad" else {}
-            return [
-                self.family("triton", "", 3, forms),
-                self.family("triton, 4 channels", "", 4, forms),
-            ]
-        forms = {"+bn": bn} if wgrad else {"+sums": sums, "+bn+sums": bn | sums}
-        return [
-            self.family("triton", "", self.cl, forms),
-            self.family("triton tma", "_tma", self.cl, {} if wgrad else {"+sums": sums}),
-        ]
+            found["cudnn, 8 channels"] = self.cudnn(8)
+        return found
 
-    def family(self, name: str, form: str, channels: int, forms: dict[str, Any]) -> Family:
-        """Over the blocks to try, cut to the channels that there are."""
-        wgrad = self.kind == "wgrad"
-        if not GPU:
-            blocks = [INTERPRETED_ONE]
-        elif channels <= 4:
-            blocks = WGRAD_NARROW if wgrad else NARROW
-        elif form:
-            blocks = WGRAD_TMA if wgrad else TMA
-        else:
-            blocks = WGRAD_POINTER if wgrad else POINTER
-        n = max(16, channels) if self.kind == "dgrad" else self.cs
-        m = channels if form and wgrad else math.inf  # of one tap
-        within = channels if form else math.gcd(16 * channels, 64)
-        k = {"fwd": within, "dgrad": self.cs, "wgrad": math.inf}[self.kind]
-        cut = [replace(b, m=min(b.m, m), n=min(b.n, n), k=min(b.k, k)) for b in blocks]
-        make = functools.partial(self.candidate, form, channels)
-        return Family(name, list(dict.fromkeys(cut)), make, forms)
+    def _operands(self, i: int) -> tuple[Tensor, ...]:
+        large, small, weight = self.maps(i, self.cl)
+        return {"fwd": (large, weight), "dgrad": (small, weight)}.get(self.kind, (large, small))
+
+    def tiles(self) -> dict[str, Variant]:
+        """The kernel with each of the tiles to try, cut to the channels that there are."""
+        if not CANDIDATES:
+            return {}
+        image, wgrad = self.cl == 3, self.kind == "wgrad"
+        blocks = WGRAD if wgrad else INNER
+        if image:
+            blocks = {"fwd": IMAGE, "dgrad": DGRAD_IMAGE, "wgrad": WGRAD_IMAGE}[self.kind]
+        n = self.cl if self.kind == "dgrad" and not image else self.cs
+        m = self.cl if wgrad and not image else 0
+        k = {"fwd": 16 * self.cl if image else self.cl, "dgrad": self.cs, "wgrad": 0}[self.kind]
+        cut = [fitted(block if GPU else INTERPRETED_ONE, m, n, k) for block in blocks]
+        return {f"best tile, {block}": self.tile(block) for block in dict.fromkeys(cut)}
+
+    def tile(self, block: Block) -> Variant:
+        function = getattr(kernels, self.kind + ("_image" if self.cl == 3 else ""))
+
+        def run(i: int) -> Tensor:
+            shape = self.expected().shape
+            out = torch.empty(shape, dtype=DTYPE, device=self.device)
+            out = out.to(memory_format=torch.channels_last)
+            function(*(t.permute(0, 2, 3, 1) for t in (*self._operands(i), out)), block)
+            return out
+
+        return Variant(run, same, self.expected)
+
+
+def same(y: Tensor) -> Tensor:
+    return y
 
 
 class End:
@@ -274,13 +217,13 @@ class End:
         aligned = small.new_empty(self.batch, -(-self.cs // 8) * 8)[:, : self.cs].copy_(small)
         return large, small, weight, aligned
 
-    def _expected(self) -> list[Tensor]:
-        return [product(self.kind, *(t.double() for t in self.maps(0)))]
+    def _expected(self) -> Tensor:
+        return product(self.kind, *(t.double() for t in self.maps(0)))
 
     def variant(self, call: Callable[..., Tensor]) -> Variant:
         return Variant(
             lambda i: call(*self.maps(i)),
-            lambda y: [y.reshape(self.expected()[0].shape)],
+            lambda y: y.reshape(self.expected().shape),
             self.expected,
         )
 
@@ -303,8 +246,8 @@ class End:
             calls["matmul, aligned rows"] = functools.partial(product_aligned, self.kind)
         return {name: self.variant(call) for name, call in calls.items()}
 
-    def families(self) -> list[Family]:
-        return []
+    def tiles(self) -> dict[str, Variant]:
+        return {}
 
 
 def product(kind: str, large: Tensor, small: Tensor, weight: Tensor, _: Tensor) -> Tensor:
@@ -345,17 +288,14 @@ def checked(name: str, variant: Variant) -> dict[str, Any]:
     row: dict[str, Any] = {"variant": name, "error": None, "reason": None, "tried_ms": None}
     expected = variant.expected()
     try:
-        got = variant.seen(variant.run(0))
-        errors = [deviation(*pair) for pair in zip(got, expected, strict=False)]  # sums or not
+        row["error"] = deviation(variant.seen(variant.run(0)), expected)
     except torch.AcceleratorError as e:
         pytest.exit(f"{name}: {e}: the GPU's context is lost, nothing more can be measured")
     except Exception as e:  # whatever a compiler and a driver raise
         row["reason"] = f"{type(e).__name__}: {str(e).strip()[-300:]}"
         return row
-    row["error"] = errors[0]
-    for what, error, limit in zip(("result", "sums"), errors, (LIMIT, SUMS_LIMIT), strict=False):
-        if not error <= limit:
-            row["reason"] = f"{what} off by {error:.1e}, over {limit:.1e}"
+    if not row["error"] <= LIMIT:
+        row["reason"] = f"off by {row['error']:.1e}, over {LIMIT:.1e}"
     return row
 
 
@@ -372,7 +312,7 @@ def compile_ahead(variants: Iterable[Variant]) -> None:
         triton.AsyncCompileMode(pool, ignore_errors=True),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(conv4x4, "launch", only_compile)
+        patch.setattr(kernels, "launch", only_compile)
         for variant in variants:
             with contextlib.suppress(Exception):
                 variant.run(0)
@@ -385,9 +325,18 @@ class Comparison:
         self.sets = sets_beyond_l2(problem.elements * DTYPE.itemsize, device)
         self.device = device
         self.rows: dict[str, dict[str, Any]] = {}
+        tiles = problem.tiles()
+        if GPU:
+            compile_ahead([*problem.fixed().values(), *tiles.values()])
         self.timed = self.right(problem.fixed())
-        for family in problem.families():
-            self.add(family)
+        if not GPU:  # interpreted: checked, not timed
+            self.timed.pop("fastgan", None)
+        if good := self.right(tiles):
+            tried = {name: t.ms for name, t in self.times(good).items()} if GPU else {}
+            best = min(good, key=lambda name: tried.get(name, 0.0))
+            self.rows = {n: row for n, row in self.rows.items() if n == best or n not in good}
+            self.rows[best]["tried_ms"] = tried or None
+            self.timed |= {best: good[best]} if GPU else {}
 
     def right(self, variants: dict[str, Variant]) -> dict[str, Variant]:
         """Those that pass their check, of which each becomes a row."""
@@ -399,40 +348,19 @@ class Comparison:
         calls = {n: [functools.partial(v.run, i) for i in sets] for n, v in variants.items()}
         return interleaved(calls, self.device)
 
-    def add(self, family: Family) -> None:
-        """The best block, and it alone with what else the candidate can do; in the interpreter
-        they are checked and not timed.
-        """
-        blocks = {f"{family.name} {block}": block for block in family.blocks}
-        made = {name: family.make(block) for name, block in blocks.items()}
-        if GPU:
-            compile_ahead(made.values())
-        good = self.right(made)
-        if not good:
-            return
-        tried = {name: t.ms for name, t in self.times(good).items()} if GPU else {}
-        best = min(good, key=lambda name: tried.get(name, 0.0))
-        self.rows = {n: row for n, row in self.rows.items() if n == best or n not in good}
-        self.rows[best]["tried_ms"] = tried or None
-        forms = {}
-        for form, options in family.forms.items():
-            block = with_act(blocks[best]) if "act" in options else blocks[best]
-            forms[f"{family.name}{form} {block}"] = family.make(block, **options)
-        if GPU:
-            compile_ahead(forms.values())
-        more = {best: good[best]} | self.right(forms)
-        if GPU:
-            self.timed |= more
-
     def finished(self) -> list[dict[str, Any]]:
         found = self.times(self.timed)
         nothing = dict.fromkeys(("ms", "low_ms", "high_ms"))
         return [row | (asdict(found[n]) if n in found else nothing) for n, row in self.rows.items()]
 
 
-def with_act(block: Block) -> Block:
-    """Activations in a tile of this size are more than four warps have registers for."""
-    return replace(block, warps=8) if block.m * block.n >= 128 * 128 else block
+def fitted(block: Block, m: int, n: int, k: int) -> Block:
+    """`block` with sizes that divide these channels (0: pixels)."""
+    sizes = [
+        min(size, channels & -channels) if channels else size
+        for size, channels in ((block.m, m), (block.n, n), (block.k, k))
+    ]
+    return replace(block, m=sizes[0], n=sizes[1], k=sizes[2])
 
 
 def cases() -> list[Any]:

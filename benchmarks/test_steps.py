@@ -40,6 +40,7 @@ DISTINCT = [
     "PyTorch, bf16, compiled, reads 20",
     "PyTorch, fp16, compiled, graph",
     "fastgan",
+    "fastgan, cuDNN's convolutions",
     "fastgan, PyTorch's batch norm",
     "fastgan, two passes",
     "fastgan, fp16",
@@ -82,7 +83,10 @@ def contenders() -> dict[str, partial[Contender]]:
         "fastgan, not compiled": partial(Ours, **WHOLE | {"compile": False}),
         "fastgan, G compiled": partial(Ours, **WHOLE | {"compile": ("_make",)}),
         "fastgan, D compiled": partial(Ours, **WHOLE | {"compile": ("_judge", "_fool")}),
-        "fastgan, PyTorch's batch norm": partial(Ours, **WHOLE | {"kernels": "torch"}),
+        "fastgan, cuDNN's convolutions": partial(Ours, **WHOLE | {"convs": "torch"}),
+        "fastgan, PyTorch's batch norm": partial(
+            Ours, **WHOLE | {"kernels": "torch", "convs": "auto"}
+        ),
         "fastgan, PyTorch's Adam": partial(Ours, **WHOLE | {"adam": "torch"}),
         "fastgan, two passes": partial(Ours, **WHOLE | {"one_pass": False}),
         "fastgan, no graph": partial(Ours, **WHOLE | {"graph": False}),
@@ -116,13 +120,16 @@ def compile_ahead(case: Case) -> None:
 def compared(
     case: Case, makes: dict[str, partial[Contender]], device: torch.device, floor_ms: float | None
 ) -> tuple[list[dict[str, Any]], dict[str, Callable[[], Any]]]:
-    """A row for each contender, and the steps of those that are right."""
+    """A row for each contender, and the steps of those that are right and could be timed; says
+    whose turn it is.
+    """
     data = Data(case, device)
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, Callable[[], Any]] = {}
     sixteen: dict[str, bool] = {}  # whether it computes in 16 bits, as the roofline is counted
     for name, make in makes.items():
         row = found[name] = {"case": str(case), "variant": name, "ms": None}
+        print(f"{case}: {name}", flush=True)
         try:
             before = harness.reserved(device)
             contender = make(case, data)
@@ -131,9 +138,9 @@ def compared(
             sixteen[name] = contender.precision in ("bf16", "fp16")
             ready[name] = contender.advance
         except Exception as error:
-            row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+            row["reason"] = in_a_line(error)
         gc.collect()
-    times = harness.interleaved_steps(ready, device)
+    times = timed(found, ready, device)
     rivals = [name for name in found if not name.startswith("fastgan")]
     # only when all of them could be measured
     strongest = min(times[n].ms for n in rivals) if ready.keys() >= set(rivals) else None
@@ -147,6 +154,38 @@ def compared(
     return list(found.values()), ready
 
 
+def timed(
+    found: dict[str, dict[str, Any]], ready: dict[str, Callable[[], Any]], device: torch.device
+) -> dict[str, harness.Time]:
+    """The times of those that are `ready`, without one whose step fails: it is taken out of them,
+    and its row says why.
+    """
+    running = ""
+
+    def noted(name: str, step: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> None:
+            nonlocal running
+            running = name
+            step()
+
+        return call
+
+    while True:
+        try:
+            steps = {name: noted(name, step) for name, step in ready.items()}
+            return harness.interleaved_steps(steps, device)
+        except torch.AcceleratorError as error:  # no step runs after it
+            error.add_note(f"met when {running} was timed")
+            raise
+        except Exception as error:
+            found[running]["reason"] = in_a_line(error)
+            del ready[running]
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+
+
 def floor_ms(case: Case, matmul_tflops: float | None, copy_gbps: float | None) -> float | None:
     if not (matmul_tflops and copy_gbps):
         return None
@@ -155,7 +194,7 @@ def floor_ms(case: Case, matmul_tflops: float | None, copy_gbps: float | None) -
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.size}px-b{case.batch}")
 @pytest.mark.usefixtures("compile_anew")
-def test_step(case, device, copy_gbps, matmul_tflops, record_rows, benchmark, monkeypatch):
+def test_step(case, device, copy_gbps, matmul_tflops, record_rows, benchmark, monkeypatch, capfd):
     """Milliseconds a step and real images a second; beside the reference, and beside the fastest
     that is not fastgan.
     """
@@ -163,7 +202,8 @@ def test_step(case, device, copy_gbps, matmul_tflops, record_rows, benchmark, mo
     if GPU:
         compile_ahead(case)
     floor = floor_ms(case, matmul_tflops, copy_gbps)
-    rows, ready = compared(case, contenders(), device, floor)
+    with capfd.disabled():  # a log that is cut off says where
+        rows, ready = compared(case, contenders(), device, floor)
     record_rows("step", rows)
     for row in rows:  # a profiler slows what comes after it, and might end it
         if row["ms"] is not None:

@@ -68,6 +68,7 @@ class Graphed:
         random: torch.Generator,
     ) -> None:
         self._batch = Batch(batch.images, batch.index.clone())
+        self._advance = advance  # whose tensors the graph reads and writes: they live as long
         side, current = torch.cuda.Stream(batch.index.device), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):

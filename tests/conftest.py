@@ -1,5 +1,5 @@
-"""One thread and one seed for each test, a cache folder of its own, no `gpu` test without a GPU,
-Triton's interpreter instead.
+"""One thread and one seed for each test, a cache folder of its own, cuDNN as it was, no `gpu` test
+without a GPU, Triton's interpreter instead.
 """
 
 import os
@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_search(monkeypatch):
+    """A run on a GPU has cuDNN search for the fastest algorithm, in its whole process from then on,
+    and may find another each time.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,7 @@ contenders = load(ROOT / "benchmarks/contenders.py")
 pictures = load(ROOT / "benchmarks/pictures.py")
 own_process = load(ROOT / "benchmarks/own_process.py")
 test_data = load(ROOT / "benchmarks/test_data.py")
+test_steps = load(ROOT / "benchmarks/test_steps.py")
 CPU = torch.device("cpu")
 
 
@@ -184,6 +185,31 @@ def test_times_of_steps_are_those_of_the_contenders():
         {"slow": lambda: time.sleep(0.006), "fast": lambda: time.sleep(0.002)}, CPU, 0.02, 3
     )
     assert 6 <= times["slow"].ms < 12 and 2 <= times["fast"].ms < 6
+
+
+def test_a_contender_whose_step_fails_while_it_is_timed_is_dropped():
+    calls = iter(range(100))
+
+    def failing():
+        if next(calls) == 5:
+            raise ValueError("odd\nand more")
+
+    found, ready = {"fails": {}, "goes": {}}, {"fails": failing, "goes": lambda: time.sleep(0.02)}
+    times = test_steps.timed(found, ready, CPU)
+    assert times.keys() == ready.keys() == {"goes"} and times["goes"].ms >= 20
+    assert found == {"fails": {"reason": "ValueError: odd"}, "goes": {}}
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_the_tuned_loop_is_right(low):
+    case = contenders.Case(40, 8, 16, 8)
+    data = contenders.Data(case, CPU, 50)
+    tuned = contenders.Tuned(case, data, amp=low, fused=True)
+    assert 0 < contenders.check(tuned, case, data.real) < 0.36
+    theirs = [contenders.make_generator(40, 16, 8), contenders.make_discriminator(40, 8)]
+    for ours, network in zip(tuned.networks, theirs, strict=True):
+        shapes = [{name: t.shape for name, t in n.state_dict().items()} for n in (ours, network)]
+        assert shapes[0] == shapes[1] and list(shapes[0]) == list(shapes[1])
 
 
 @pytest.mark.parametrize("low", [None, torch.bfloat16])

@@ -20,6 +20,7 @@ from fastgan import modes
 from fastgan.cli import main
 
 TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
+TINY += ["--device", "cpu"]
 
 
 def fastgan(*args):
@@ -106,7 +107,7 @@ def test_wrong_flags_and_values(capsys, tmp_path):
 
 def test_kernels_that_cannot_run_are_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(modes, "INTERPRETED", False)
-    args = ["train", "--data", "faces:32", *TINY, "--device", "cpu", "--out", tmp_path]
+    args = ["train", "--data", "faces:32", *TINY, "--out", tmp_path]
     said = refused(capsys, *args, "--kernels", "triton")
     assert "--kernels triton: the kernels need an NVIDIA GPU; auto takes PyTorch's own here" in said
     assert "--kernels" in refused(capsys, *args, "--kernels", "cuda")
@@ -225,7 +226,7 @@ def test_amp_and_compile_say_what_they_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastgan.modes.cxx_compiler", lambda: None)
     monkeypatch.setattr("fastgan.modes.cpu_flags", set)
     args = ["train", "--data", "faces:16", *TINY, "--kimg", "0.016", "--out", str(tmp_path)]
-    assert main([*args, "--amp", "--compile", "--device", "cpu"]) == 0
+    assert main([*args, "--amp", "--compile"]) == 0
     said = capsys.readouterr().out
     assert "precision  float32: --amp changes nothing on this CPU" in said
     assert "compile    off: torch.compile on a CPU needs a C++ compiler (g++)" in said
@@ -310,15 +311,16 @@ def test_wrong_data_options(capsys, tmp_path):
 
 def test_sample_writes_a_grid_and_single_files(run, tmp_path, capsys):
     grid, files = tmp_path / "grid.png", tmp_path / "files"
-    assert main(["sample", str(run), "--count", "9", "--seed", "3", "--out", str(grid)]) == 0
+    sample = ["sample", str(run), "--device", "cpu", "--count"]
+    assert main([*sample, "9", "--seed", "3", "--out", str(grid)]) == 0
     picture = Image.open(grid)
     assert picture.size == (3 * 34 + 2, 3 * 34 + 2)
-    assert main(["sample", str(run), "--count", "5", "--seed", "3", "--each", str(files)]) == 0
+    assert main([*sample, "5", "--seed", "3", "--each", str(files)]) == 0
     assert sorted(p.name for p in files.iterdir()) == [f"{i:06d}.png" for i in range(5)]
     # image i of a seed is the same, whatever the count and the form
     first = np.asarray(Image.open(files / "000000.png"))
     assert np.array_equal(np.asarray(picture)[2:34, 2:34], first)
-    assert main(["sample", str(run), "--count", "4"]) == 0
+    assert main([*sample, "4"]) == 0
     assert (run / "samples" / "sample-seed0.png").is_file()
 
 

@@ -32,7 +32,7 @@ from fastgan.errors import RunError, UsageError
 from fastgan.state import State
 from fastgan.trainer import train
 from ranks import Started, in_ranks
-from test_step import BF16, FLOAT32, FLOAT64_TOLERANCE, within
+from test_step import BF16, FLOAT64_TOLERANCE, float32, within
 
 CASE = Case(batch=16)
 
@@ -399,7 +399,7 @@ def forced(ranks, low):
 
 
 @pytest.mark.parametrize(
-    ("low", "limits"), [(None, FLOAT32), (torch.bfloat16, BF16)], ids=["fp32", "bf16"]
+    ("low", "limits"), [(None, float32(CASE)), (torch.bfloat16, BF16)], ids=["fp32", "bf16"]
 )
 def test_ranks_equal_the_reference_step_by_step(low, limits):
     for errors in in_ranks(2, forced, low):

@@ -16,7 +16,7 @@ from test_trainer import FLAGS, only_run, tensors
 
 N = 10  # steps of 8 from 20 images: an epoch ends within step 3 and with step 5
 STOPS = {"before the first": 0, "first": 1, "within an epoch": 4, "end of an epoch": 5, "last": N}
-LENGTH = ["--kimg=0.08", "--tick-kimg=0.024", "--sample-kimg=0.048", "--flip", "--device=cpu"]
+LENGTH = ["--kimg=0.08", "--tick-kimg=0.024", "--sample-kimg=0.048", "--flip"]
 
 
 def wall_clock_aside(run):

@@ -18,15 +18,22 @@ from tape import in_the_place_of_cuda
 from test_trainer import FLAGS, only_run, tensors
 
 CASE = Case()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels on a GPU where there is one
 BAD = 3  # the step that is not finite
 FP16 = {"amp_dtype": torch.float16}
 
 
 def watched(impl="torch", **how):
     """A step with its average and its watch; `impl`: the watch's."""
-    step = make_step(CASE, with_ema=True, **how)
+    step = make_step(CASE, with_ema=True, device=DEVICE, **how)
     step.health = Health({"d": step.d, "g": step.g}, step.scale, impl)
     return step
+
+
+@pytest.fixture(autouse=True)
+def pinned_algorithms(monkeypatch):
+    """Of a GPU's, those that give the same bits every time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 def numbers(step):
@@ -99,7 +106,7 @@ HOW = [{}, {"one_pass": False}, {"amp_dtype": torch.bfloat16}, {"impl": "triton"
 def test_from_the_first_step_that_is_not_finite_on_nothing_changes(name, how):
     spoil, side = SPOILED[name]
     step = watched(**how)
-    for i, batch in enumerate(batches(CASE, 8), 1):
+    for i, batch in enumerate(batches(CASE, 8, DEVICE), 1):
         if i == BAD:
             before, mend = numbers(step), spoil(step)
         step(batch)
@@ -128,13 +135,13 @@ def test_finite_steps_are_the_same_with_the_watch_as_without(monkeypatch):
     """Bit for bit: it only looks."""
     torch.manual_seed(1)
     step = watched()
-    for batch in batches(CASE, 5):
+    for batch in batches(CASE, 5, DEVICE):
         step(batch)
     monkeypatch.setattr("fastgan.health.Health.check", lambda *_: None)
     monkeypatch.setattr("fastgan.health.Health.end", lambda _: None)
     torch.manual_seed(1)
-    plain = make_step(CASE, with_ema=True)
-    for batch in batches(CASE, 5):
+    plain = make_step(CASE, with_ema=True, device=DEVICE)
+    for batch in batches(CASE, 5, DEVICE):
         plain(batch)
     assert not different(numbers(step), numbers(plain))
 
@@ -180,7 +187,7 @@ def test_a_network_without_running_statistics_is_watched_too():
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_an_overflow_of_float16_is_skipped_and_counted_and_no_error(impl):
     step = watched(impl, **FP16)
-    first, *rest = batches(CASE, 6)
+    first, *rest = batches(CASE, 6, DEVICE)
     step(first)
     scale = float(step.scale.scale)
     before, mend = numbers(step), spoil_gradient("g", "last.weight", torch.inf)(step)
@@ -199,7 +206,7 @@ def test_an_overflow_of_float16_is_skipped_and_counted_and_no_error(impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_in_float16_a_loss_that_is_not_finite_is_an_error_and_so_is_a_scale_without_end(impl):
     step = watched(impl, **FP16)
-    first, second = batches(CASE, 2)
+    first, second = batches(CASE, 2, DEVICE)
     mend = spoil_loss("_judge", torch.nan)(step)
     step(first)
     mend()
@@ -207,19 +214,19 @@ def test_in_float16_a_loss_that_is_not_finite_is_an_error_and_so_is_a_scale_with
     step = watched(impl, **FP16)
     spoil_gradient("d", "last.weight", torch.nan)(step)  # for good: no scale will do
     step.scale.scale.fill_(4 * LEAST_SCALE)
-    for batch in batches(CASE, 3):
+    for batch in batches(CASE, 3, DEVICE):
         step(batch)
     assert int(step.health.frozen) == 1 and int(step.scale.skipped) == 2
     assert step.health.diagnosis()["d"]["not_finite"] == ["last.weight"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no stand-in")
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("how", [{}, FP16], ids=str)
 def test_a_captured_step_freezes_too(monkeypatch, how, impl):
-    in_the_place_of_cuda(monkeypatch)
+    if DEVICE == "cpu":
+        in_the_place_of_cuda(monkeypatch)
     step = watched(impl, **how)
-    first, *rest = batches(CASE, 5)
+    first, *rest = batches(CASE, 5, DEVICE)
     advance = Graphed(step, first, step.tensors(), step.random)
     advance(first)
     step.d.adam.leaves()[0].data[0, 0, 0, 0] = torch.nan
@@ -254,7 +261,7 @@ def spoiled(monkeypatch):
 @pytest.mark.parametrize("due", ["--tick-kimg=0.04", "--save-kimg=0.04", "--sample-kimg=9"])
 def test_a_run_ends_with_the_last_good_weights_and_a_diagnosis(tmp_path, spoiled, capsys, due):
     """Whether a tick, a checkpoint or the end finds it."""
-    flags = [*FLAGS, "--device=cpu", "--kimg=0.08", "--tick-kimg=9", due]
+    flags = [*FLAGS, "--kimg=0.08", "--tick-kimg=9", due]
     assert main(["train", *flags, f"--out={tmp_path / 'a'}", "--kimg=0.016"]) == 0
     mend = spoiled(at=3)
     capsys.readouterr()
@@ -289,7 +296,7 @@ def test_what_comes_of_it_does_not_depend_on_when_it_is_seen(tmp_path, spoiled):
     runs = []
     for name, tick in (("soon", "--tick-kimg=0.024"), ("late", "--tick-kimg=0.064")):
         mend = spoiled(at=3)
-        flags = [*FLAGS, "--device=cpu", "--kimg=0.08", "--flip", tick, f"--out={tmp_path / name}"]
+        flags = [*FLAGS, "--kimg=0.08", "--flip", tick, f"--out={tmp_path / name}"]
         assert main(["train", *flags]) == 1
         mend()
         runs.append(only_run(tmp_path / name))
@@ -312,7 +319,7 @@ def test_a_feed_that_fails_after_such_a_step_saves_what_was_before_it(
         return kept(self)
 
     monkeypatch.setattr(ResidentFeed, "next", failing)
-    flags = [*FLAGS, "--device=cpu", "--kimg=0.8", "--tick-kimg=0.4", f"--out={tmp_path}"]
+    flags = [*FLAGS, "--kimg=0.8", "--tick-kimg=0.4", f"--out={tmp_path}"]
     assert main(["train", *flags]) == 1
     said = capsys.readouterr().err
     assert "step 3 (0.024 kimg) was not finite" in said
@@ -324,7 +331,7 @@ def test_skipped_steps_are_in_the_statistics_of_float16_alone(tmp_path, monkeypa
     monkeypatch.setattr("fastgan.precision.SCALE", 2.0**40)  # it overflows, for a while
     for flags, kind in ((["--amp", "--amp-dtype=fp16"], int), ([], type(None))):
         out = tmp_path / kind.__name__
-        flags = [*flags, "--device=cpu", "--kimg=0.08", "--tick-kimg=0.04", f"--out={out}"]
+        flags = [*flags, "--kimg=0.08", "--tick-kimg=0.04", f"--out={out}"]
         assert main(["train", *FLAGS, *flags]) == 0
         lines = (only_run(out) / "stats.jsonl").read_text().splitlines()
         skipped = [json.loads(line)["skipped_steps"] for line in lines]

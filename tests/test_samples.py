@@ -10,6 +10,9 @@ from fastgan.errors import RunError
 from fastgan.models import Generator, init_weights
 from fastgan.samples import CHUNK, generate, grid, latents, load_generator, to_uint8
 
+FLAGS = ["--size=32", "--width=4", "--latent=8", "--batch=8", "--grid=4", "--sample-kimg=9"]
+FLAGS += ["--data=faces:16", "--device=cpu"]
+
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0)])
 def test_pixels_are_the_inverse_of_the_gather(low, high):
@@ -56,8 +59,7 @@ def test_a_grid_shows_its_images_in_order():
 
 
 def test_the_averaged_weights_and_statistics_are_what_is_sampled(tmp_path):
-    flags = "--size=32 --width=4 --latent=8 --batch=8 --grid=4 --kimg=0.4 --sample-kimg=9"
-    assert main(["train", "--data=faces:16", *flags.split(), f"--out={tmp_path}"]) == 0
+    assert main(["train", *FLAGS, "--kimg=0.4", f"--out={tmp_path}"]) == 0
     (run,) = tmp_path.glob("0*")
     saved = find(run)
     for ema, prefix in ((True, "ema."), (False, "g.")):
@@ -72,8 +74,7 @@ def test_the_averaged_weights_and_statistics_are_what_is_sampled(tmp_path):
 
 
 def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path, monkeypatch):
-    flags = "--size=32 --width=4 --latent=8 --batch=8 --grid=4 --kimg=0.016 --sample-kimg=9"
-    assert main(["train", "--data=faces:16", *flags.split(), f"--out={tmp_path}"]) == 0
+    assert main(["train", *FLAGS, "--kimg=0.016", f"--out={tmp_path}"]) == 0
     (run,) = tmp_path.glob("0*")
     saved = find(run)
     saved.meta["config"]["width"] = 8

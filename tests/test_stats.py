@@ -9,7 +9,7 @@ import torch
 from fastgan.stats import COLUMNS, RECENT, Accumulator, StatsLog
 from fastgan.step import StepStats
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def row(step):
@@ -80,13 +80,13 @@ def test_an_empty_log_has_an_empty_array_and_a_picture(tmp_path):
 
 
 def step_stats(step):
-    return StepStats(*(torch.tensor(step + i / 4) for i in range(4)))
+    return StepStats(*(torch.tensor(step + i / 4, device=DEVICE) for i in range(4)))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("steps", [0, 1, 2, RECENT, RECENT + 1, 2 * RECENT + 7])
 def test_the_last_steps_in_their_order(steps, impl):
-    stats, applied = Accumulator(CPU, impl), torch.tensor(0)
+    stats, applied = Accumulator(DEVICE, impl), torch.tensor(0, device=DEVICE)
     for step in range(1, steps + 1):
         stats.add(step_stats(step), applied)
     rows = stats.last(steps)
@@ -101,12 +101,12 @@ def test_the_last_steps_in_their_order(steps, impl):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_of_the_steps_that_were_not_applied_the_first_is_shown_and_none_is_counted(impl):
-    stats = Accumulator(CPU, impl)
+    stats = Accumulator(DEVICE, impl)
     for step, frozen in enumerate([0, 0, 1, 2, 3], 1):
         values = step_stats(step)
         if frozen:
-            values = values._replace(d_loss=torch.tensor(torch.nan))
-        stats.add(values, torch.tensor(frozen))
+            values = values._replace(d_loss=torch.tensor(torch.nan, device=DEVICE))
+        stats.add(values, torch.tensor(frozen, device=DEVICE))
     rows = stats.last(3)
     assert [(r["step"], r["g_loss"]) for r in rows] == [(1, 1.25), (2, 2.25), (3, 3.25)]
     assert rows[2]["d_loss"] != rows[2]["d_loss"]
@@ -115,8 +115,8 @@ def test_of_the_steps_that_were_not_applied_the_first_is_shown_and_none_is_count
 
 def test_what_is_kept_goes_on():
     """Into a new one, of which the ring goes on where it was."""
-    whole, first, second = (Accumulator(CPU) for _ in range(3))
-    applied = torch.tensor(0)
+    whole, first, second = (Accumulator(DEVICE) for _ in range(3))
+    applied = torch.tensor(0, device=DEVICE)
     for step in range(RECENT + 9):
         whole.add(step_stats(step), applied)
         (first if step < RECENT + 3 else second).add(step_stats(step), applied)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan_kernels import BatchNormAct2d
+from fastgan_kernels import BatchNormAct2d, conv4x4, conv_transpose4x4
 
 from ..config import PixelRange, split_size
 
@@ -26,6 +26,13 @@ def channels(size: int, width: int) -> list[int]:
     """Channels of the inner maps from the smallest one to the one beside the image."""
     _, doublings = split_size(size)
     return [width * min(2**i, MAX_MULTIPLE) for i in reversed(range(doublings))]
+
+
+def convolutions_beside(impl: str) -> str:
+    """The `impl` of convolutions beside that of batch norms: the kernels where they are faster, but
+    none where PyTorch's own operators are asked for.
+    """
+    return "torch" if impl == "torch" else "auto"
 
 
 class FirstBlock(nn.Module):
@@ -48,30 +55,33 @@ class FirstBlock(nn.Module):
 class UpBlock(nn.Module):
     """Transposed convolution that doubles the map, batch norm, ReLU."""
 
-    def __init__(self, cin: int, cout: int, impl: str) -> None:
+    def __init__(self, cin: int, cout: int, impl: str, conv_impl: str) -> None:
         super().__init__()
         self.conv = nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=False)
         self.norm = BatchNormAct2d(cout, act="relu", impl=impl)
+        self.conv_impl = conv_impl
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(conv_transpose4x4(x, self.conv.weight, impl=self.conv_impl))
 
 
 class DownBlock(nn.Module):
     """Convolution that halves the map, batch norm with `groups` of statistics, LeakyReLU."""
 
-    def __init__(self, cin: int, cout: int, impl: str) -> None:
+    def __init__(self, cin: int, cout: int, impl: str, conv_impl: str) -> None:
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, 4, 2, 1, bias=False)
         self.norm = BatchNormAct2d(cout, act="leaky_relu", negative_slope=LEAKY_SLOPE, impl=impl)
+        self.conv_impl = conv_impl
 
     def forward(self, x: Tensor, groups: int) -> Tensor:
-        return self.norm(self.conv(x), groups)
+        return self.norm(conv4x4(x, self.conv.weight, impl=self.conv_impl), groups)
 
 
 class Generator(nn.Module):
     """Latents [B, latent] to images [B, 3, size, size] in `pixel_range` (tanh for [-1, 1], sigmoid
-    for [0, 1]). `impl` is `bn_act`'s.
+    for [0, 1]). `impl` is `bn_act`'s, `conv_impl` that of `conv4x4` ("torch" beside "torch", else
+    "auto").
     """
 
     def __init__(
@@ -81,42 +91,54 @@ class Generator(nn.Module):
         width: int = 64,
         pixel_range: PixelRange = (-1.0, 1.0),
         impl: str = "auto",
+        conv_impl: str | None = None,
     ) -> None:
         super().__init__()
         base, _ = split_size(size)
         inner = channels(size, width)
+        conv_impl = conv_impl or convolutions_beside(impl)
         self.size, self.latent, self.pixel_range = size, latent, pixel_range
+        self.conv_impl = conv_impl
         self.blocks = nn.ModuleList([FirstBlock(latent, inner[0], base, impl)])
         for cin, cout in zip(inner, inner[1:], strict=False):
-            self.blocks.append(UpBlock(cin, cout, impl))
+            self.blocks.append(UpBlock(cin, cout, impl, conv_impl))
         self.last = nn.ConvTranspose2d(inner[-1], 3, 4, 2, 1, bias=False)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = latents
         for block in self.blocks:
             x = block(x)
-        x = self.last(x)
+        x = conv_transpose4x4(x, self.last.weight, impl=self.conv_impl)
         return torch.tanh(x) if self.pixel_range[0] < 0 else torch.sigmoid(x)
 
 
 class Discriminator(nn.Module):
     """Images [B, 3, size, size] to logits [B]; `groups` parts of the batch have batch-norm
-    statistics of their own. `impl` is `bn_act`'s.
+    statistics of their own. `impl` is `bn_act`'s, `conv_impl` as in `Generator`.
     """
 
-    def __init__(self, size: int = 64, width: int = 64, impl: str = "auto") -> None:
+    def __init__(
+        self,
+        size: int = 64,
+        width: int = 64,
+        impl: str = "auto",
+        conv_impl: str | None = None,
+    ) -> None:
         super().__init__()
         base, _ = split_size(size)
         inner = channels(size, width)[::-1]
-        self.size = size
+        conv_impl = conv_impl or convolutions_beside(impl)
+        self.size, self.conv_impl = size, conv_impl
         self.first = nn.Conv2d(3, inner[0], 4, 2, 1, bias=False)
         self.blocks = nn.ModuleList(
-            DownBlock(cin, cout, impl) for cin, cout in zip(inner, inner[1:], strict=False)
+            DownBlock(cin, cout, impl, conv_impl)
+            for cin, cout in zip(inner, inner[1:], strict=False)
         )
         self.last = nn.Conv2d(inner[-1], 1, base, 1, 0, bias=False)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
-        x = F.leaky_relu(self.first(images), LEAKY_SLOPE)
+        x = conv4x4(images, self.first.weight, impl=self.conv_impl)
+        x = F.leaky_relu(x, LEAKY_SLOPE)
         for block in self.blocks:
             x = block(x, groups)
         # the last convolution takes all of the map: a dot product, in the order of channels-last

@@ -1,5 +1,5 @@
-"""Operators for channels-last CNNs: batch norm + activation, image gather, Adam, and what watches a
-step on the device. Imports torch and triton, never fastgan.
+"""Operators for channels-last CNNs: batch norm + activation, a DCGAN's convolutions, image gather,
+Adam, and what watches a step on the device. Imports torch and triton, never fastgan.
 """
 
 from ._launch import INTERPRETED
@@ -7,6 +7,7 @@ from .adam import Adam
 from .adam_ema import Average, adam_ema, adam_ema_ref
 from .batch_norm_act import BatchNormAct2d
 from .bn_act import bn_act, bn_act_ref
+from .conv4x4 import conv4x4, conv4x4_ref, conv_transpose4x4, conv_transpose4x4_ref
 from .gather_u8 import gather_u8, gather_u8_ref
 from .guard import guard, guard_ref
 from .tally import tally, tally_ref
@@ -20,6 +21,10 @@ __all__ = [
     "adam_ema_ref",
     "bn_act",
     "bn_act_ref",
+    "conv4x4",
+    "conv4x4_ref",
+    "conv_transpose4x4",
+    "conv_transpose4x4_ref",
     "gather_u8",
     "gather_u8_ref",
     "guard",

@@ -183,7 +183,7 @@ def _moved(average, value, weight):
 @jit
 def _adam_ema_kernel(
     param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs,  # tuples of [NUMELS[i]], or None
-    low_ptrs, average_ptrs,  # the same, and None in the place of a copy that is not there
+    low_ptrs, average_ptrs,  # the same; LOWS says which copies are there
     buffer_ptrs, buffer_average_ptrs,  # the same, of the tensors after the parameters
     step_ptr, lr_ptr,  # [] float32
     average_step_ptr,  # [] float64, or None
@@ -191,6 +191,7 @@ def _adam_ema_kernel(
     counter_ptr,  # [1] int32
     programs, beta1, beta2, rest1, rest2, log2_beta1, log2_beta2, eps, half_life, ramp,
     NUMELS: tl.constexpr, STARTS: tl.constexpr,  # of tensor i: its elements, its first program
+    LOWS: tl.constexpr,
     PARAMS: tl.constexpr, BUFFERS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if found_inf_ptr is not None:  # noqa: SIM102  # `and` would look into the None
@@ -226,9 +227,8 @@ def _adam_ema_kernel(
             tl.store(param_ptrs[i] + at, p, mask=inside)
             tl.store(exp_avg_ptrs[i] + at, m, mask=inside)
             tl.store(exp_avg_sq_ptrs[i] + at, v, mask=inside)
-            if low_ptrs is not None:  # noqa: SIM102  # `and` would look into the None
-                if low_ptrs[i] is not None:
-                    tl.store(low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside)
+            if LOWS[i]:  # Triton 3.6 cannot ask a tuple whether it is None
+                tl.store(low_ptrs[i] + at, p.to(low_ptrs[i].dtype.element_ty), mask=inside)
             if average_step_ptr is not None:
                 average = tl.load(average_ptrs[i] + at, mask=inside)
                 tl.store(average_ptrs[i] + at, _moved(average, p, weight), mask=inside)
@@ -301,7 +301,8 @@ def _adam_ema_fused(
             step, lr, average_step, grad_scale, found_inf, counter, starts[-1],
             beta1, beta2, 1 - beta1, 1 - beta2, _log2(beta1), _log2(beta2), eps, half_life, ramp,
             device=step.device, num_warps=WARPS, maxnreg=128,
-            NUMELS=numels, STARTS=starts, PARAMS=len(here), BUFFERS=len(also),
+            NUMELS=numels, STARTS=starts, LOWS=tuple(i in copies for i in here),
+            PARAMS=len(here), BUFFERS=len(also),
             LAST=first == launches[-1], BLOCK=BLOCK,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from odd_files import odd_files, write_odd_files
-from test_decode import HERE, encode, needs_dali, picture
+from test_decode import HERE, both, encode, needs_dali, picture
 
 from fastgan.config import DataOptions
 from fastgan.data import pool as pool_module
@@ -25,8 +25,6 @@ from fastgan.data.images import find_images
 from fastgan.data.pool import DecodePool, Interrupted, batches, open_pool
 from fastgan.errors import RunError
 from fastgan.framing import Framing
-
-both = pytest.mark.parametrize("name", HERE)
 
 
 def write(folder, blobs):

@@ -1,0 +1,250 @@
+"""Sliced Wasserstein distance between two sets of images, level by level of their Laplacian
+pyramids: the form of ProGAN (Karras et al. 2018, arXiv:1710.10196, section 5), with a seed.
+
+For each level: 128 patches of 7x7 an image from anywhere in it, each set's colours brought to mean
+0 and standard deviation 1, both sets projected onto 512 directions; the distance is the mean over
+these of the 1-Wasserstein distance between projections.
+
+That distance is the mean of |a_i - b_i| over both in sorted order, and as well the integral of
+|F_a - F_b| over their distribution functions. Here it is the second, on a grid of 1/4096 standard
+deviations: within 3e-4 of the first, and counting is 400 M values/s on two cores where NumPy
+sorts 50 (Zen 4, whose AVX-512 sort is slow; 340 with AVX2) and torch 20. And the counts of a set
+are some hundred MB, where its sorted projections are 13 GB (16,384 images of 64 px).
+
+Each set is standardised by itself: a cast of colour or less contrast in all of one set is not seen.
+The score of two halves of the real set is the floor that belongs beside any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike
+
+from .images import checked, checked_pair
+
+SMALLEST = 16  # pixels a side of the last level at least
+PATCH, PATCHES = 7, 128  # pixels a side, and how many an image
+VALUES = 3 * PATCH**2
+DIRECTIONS = 512  # ProGAN's 4 repeats of 128
+BINOMIAL = (0.0625, 0.25, 0.375, 0.25, 0.0625)
+SCALE = 1e3  # of the numbers as they are published
+
+GRID = 4096  # cells a standard deviation
+FARTHEST = 64  # standard deviations, and all beyond counts as there; faces reach 40
+FLAT = 1e-3  # grey levels of standard deviation, and a colour is taken to be the same everywhere
+
+CHUNK = 64  # images at a time
+BLOCK = 64  # directions at a time: 537 MB of projections of 16,384 images
+
+Counts = tuple[int, np.ndarray]  # the first cell, and the projections in it and in those after it
+
+
+@dataclass(frozen=True)
+class Swd:
+    """Distances, times 1e3 as published; 0 is alike.
+
+    Attributes:
+        levels: of each level, by its pixels a side (the height), the finest first.
+        mean: over levels.
+    """
+
+    levels: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.levels.values()) / len(self.levels)
+
+
+def swd(real: ArrayLike, fake: ArrayLike, *, seed: int = 0) -> Swd:
+    """The distance between as many real and generated images; published numbers are of 16,384.
+
+    Args:
+        real, fake: uint8 [N, H, W, 3], H and W 16 or more, and even down to the last level. Memory
+            maps are read in pieces.
+        seed: of patches and directions. The same seed gives the same bits.
+
+    Raises:
+        ValueError: of another type or shape.
+    """
+    a, b = checked_pair(real, fake, "swd", 1, SMALLEST)
+    _check_count(len(a), len(b), "swd")
+    return RealSet(a, seed=seed).swd(b)
+
+
+class RealSet:
+    """A set of real images, read and projected once, to compare many others with.
+
+    Takes 108 kB of memory an image while it is made and in each comparison, and holds 300 to 500
+    MB, however many images there are.
+    """
+
+    def __init__(self, real: ArrayLike, *, seed: int = 0) -> None:
+        """Takes the arguments of `swd`, and raises as it does."""
+        images = checked(real, "RealSet: real", 1, SMALLEST)
+        self._shape = images.shape
+        self._levels = _levels(*images.shape[1:3])
+        self._seed = seed
+        with _threads() as threads:
+            self._counts = [
+                list(_counts(images, level, self._levels, seed, 0, threads))
+                for level in range(self._levels)
+            ]
+
+    def swd(self, fake: ArrayLike) -> Swd:
+        """`swd(real, fake)`, to the bit.
+
+        Raises:
+            ValueError: they are not uint8 of the shape of the real ones.
+        """
+        images = checked(fake, "RealSet.swd: fake", 1, SMALLEST)
+        if images.shape[1:] != self._shape[1:]:
+            raise ValueError(
+                f"RealSet.swd: fake must be {list(self._shape[1:])} as the real ones are, got "
+                f"{list(images.shape[1:])}"
+            )
+        _check_count(self._shape[0], len(images), "RealSet.swd")
+        each = len(images) * PATCHES
+        with _threads() as threads:
+            levels = {}
+            for level, ours in enumerate(self._counts):
+                theirs = _counts(images, level, self._levels, self._seed, 1, threads)
+                apart = sum(_apart(a, b) for a, b in zip(ours, theirs, strict=True))
+                levels[self._shape[1] >> level] = apart * SCALE / (GRID * each * DIRECTIONS)
+        return Swd(levels)
+
+
+def _check_count(real: int, fake: int, function: str) -> None:
+    if real != fake:
+        raise ValueError(
+            f"{function}: fake must be as many images as real, {real:,}, got {fake:,}: of fewer "
+            "the distance is larger"
+        )
+
+
+def _levels(height: int, width: int) -> int:
+    levels = 1
+    while min(height, width) >> levels >= SMALLEST:
+        levels += 1
+    if height % (1 << levels - 1) or width % (1 << levels - 1):
+        raise ValueError(
+            f"swd: height and width must be multiples of {1 << levels - 1} for {levels} levels, "
+            f"got {height} x {width}"
+        )
+    return levels
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads())
+
+
+def _counts(
+    images: np.ndarray, level: int, levels: int, seed: int, role: int, threads: Executor
+) -> Iterator[Counts]:
+    """How many projections lie in each cell, for each direction in turn."""
+    random = np.random.default_rng([seed, level, role])
+    patches = _patches(images, level, levels, random, threads)
+    # those of both sets are the same
+    directions = np.random.default_rng([seed, level, 2]).standard_normal((DIRECTIONS, VALUES))
+    directions *= GRID / np.linalg.norm(directions, axis=1, keepdims=True)
+    cells = np.empty((BLOCK, len(patches)), np.float32)  # once: its first use costs as the product
+    for start in range(0, DIRECTIONS, BLOCK):
+        some = directions[start : start + BLOCK].astype(np.float32)
+        np.matmul(some, patches.T, out=cells)
+        yield from threads.map(_count, cells)
+
+
+def _count(cells: np.ndarray) -> Counts:
+    """Counts float32 [values] in units of cells, and overwrites them."""
+    np.clip(cells, -FARTHEST * GRID, FARTHEST * GRID, out=cells)
+    first = np.floor(cells.min())
+    cells -= first
+    return int(first), np.bincount(cells.astype(np.int64)).astype(np.int32)
+
+
+def _apart(a: Counts, b: Counts) -> int:
+    """The area between two distribution functions, in cells times values."""
+    (a_first, a_counts), (b_first, b_counts) = a, b
+    first = min(a_first, b_first)
+    end = max(a_first + len(a_counts), b_first + len(b_counts))
+    more = np.zeros(end - first, np.int64)
+    more[a_first - first :][: len(a_counts)] += a_counts
+    more[b_first - first :][: len(b_counts)] -= b_counts
+    return int(np.abs(np.cumsum(more)).sum())
+
+
+def _patches(
+    images: np.ndarray, level: int, levels: int, random: np.random.Generator, threads: Executor
+) -> np.ndarray:
+    """float32 [N * PATCHES, VALUES]: patches of one level, in each colour of mean 0 and deviation
+    1.
+    """
+    count, height, width = len(images), images.shape[1] >> level, images.shape[2] >> level
+    top = random.integers(0, height - PATCH + 1, (count, PATCHES), np.int16)
+    left = random.integers(0, width - PATCH + 1, (count, PATCHES), np.int16)
+    patches = np.empty((count, PATCHES, 3, PATCH, PATCH), np.float32)
+    parts = [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+    def cut(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        windows = sliding_window_view(_band(images[part], level, levels), (PATCH, PATCH), (1, 2))
+        row = np.arange(len(windows))[:, None]
+        patches[part] = windows[row, top[part], left[part]]
+        precise = patches[part].astype(np.float64)
+        return precise.sum((0, 1, 3, 4)), np.square(precise).sum((0, 1, 3, 4))
+
+    sums, squares = np.sum(list(threads.map(cut, parts)), axis=0)
+    mean = sums / (count * PATCHES * PATCH**2)
+    deviation = np.sqrt(np.maximum(squares / (count * PATCHES * PATCH**2) - mean**2, 0))
+    shift = mean.astype(np.float32)[:, None, None]
+    factor = (1 / np.where(deviation < FLAT, 1, deviation)).astype(np.float32)[:, None, None]
+
+    def standardise(part: slice) -> None:
+        patches[part] -= shift
+        patches[part] *= factor
+
+    list(threads.map(standardise, parts))
+    return patches.reshape(count * PATCHES, VALUES)
+
+
+def _band(images: np.ndarray, level: int, levels: int) -> np.ndarray:
+    """float32 [n, h, w, 3]: one level of the Laplacian pyramid, the last of which is what is left
+    (Burt and Adelson 1983).
+    """
+    fine = np.ascontiguousarray(images, np.float32)
+    for _ in range(level):
+        fine = _down(fine)
+    return fine if level == levels - 1 else fine - _up(_down(fine))
+
+
+def _down(images: np.ndarray) -> np.ndarray:
+    """Smoothed, and every second pixel of it."""
+    for axis in (1, 2):
+        images = _smooth(images, axis, 2)
+    return images
+
+
+def _up(images: np.ndarray) -> np.ndarray:
+    """Zeros in between, smoothed, four times as bright."""
+    count, height, width, colours = images.shape
+    wide = np.zeros((count, 2 * height, 2 * width, colours), np.float32)
+    wide[:, ::2, ::2] = 4 * images
+    return _smooth(_smooth(wide, 1, 1), 2, 1)
+
+
+def _smooth(images: np.ndarray, axis: int, step: int) -> np.ndarray:
+    """The binomial filter along an axis, at every `step`th pixel; mirrored at the border, which
+    itself is not repeated.
+    """
+    size = images.shape[axis]
+    around = [(0, 0)] * 4
+    around[axis] = (2, 2)
+    padded = np.moveaxis(np.pad(images, around, "reflect"), axis, 0)
+    total = BINOMIAL[0] * padded[0:size:step]
+    for i, weight in enumerate(BINOMIAL[1:], 1):
+        total += weight * padded[i : i + size : step]
+    return np.moveaxis(total, 0, axis)

@@ -1,0 +1,231 @@
+"""The convolutions of a DCGAN: kernel 4, stride 2, padding 1, no bias.
+
+    conv4x4             Conv2d:          x [B, CL, 2h, 2w] to [B, CS, h, w]
+    conv_transpose4x4   ConvTranspose2d: x [B, CS, h, w] to [B, CL, 2h, 2w]
+
+with a weight [CS, CL, 4, 4] in both, PyTorch's layout. All in float32, bfloat16 or float16 (float64
+by PyTorch's own operators), channels-last. The three products that both and their gradients are
+made of, with what they cost and how they round, are those of `conv4x4_kernels`; a weight's gradient
+comes in the weight's type. Saved for backward: x and the weight.
+
+cuDNN runs the layer at an image, of three channels, at a fraction of the memory's speed, and the
+others at half to nine tenths of the matrix units'; the kernels are written for those few shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import conv4x4_kernels as kernels
+from ._launch import DTYPES, choose, empty, processors
+from .conv4x4_kernels import IMAGE, Block
+
+HALVES = (torch.bfloat16, torch.float16)
+LARGEST = 1 << 31  # elements of a tensor: offsets are 32 bits
+UNIT = 32  # channels of an inner map are a multiple of it
+# Between inner maps: the tile where there are two for each multiprocessor or more, where there is
+# about one, and where that leaves some idle. Measured on an H200 (benchmarks/LOG.md).
+MANY, FEW, FEWER = (
+    Block(128, 128, 64, 4, 3),
+    Block(128, 128, 64, 8, 4),
+    Block(64, 128, 64, 4, 4),
+)
+WGRAD, WGRAD_NARROW = Block(128, 128, 64, 8, 4), Block(64, 128, 64, 4, 4, programs=2)
+FWD_IMAGE, DGRAD_IMAGE = Block(64, 64, 16, 4, 3), Block(64, 16, 64, 4, 3)
+WGRAD_IMAGE = Block(64, 64, 64, 4, 3, programs=2)
+
+
+def conv4x4_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """The definition of `conv4x4`, by PyTorch's own operator; `conv_transpose4x4_ref`'s likewise.
+    Every other implementation is held to them in float64.
+    """
+    return F.conv2d(x, weight, stride=2, padding=1)
+
+
+def conv_transpose4x4_ref(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv_transpose2d(x, weight, stride=2, padding=1)
+
+
+def conv4x4(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+    """x [B, CL, 2h, 2w] to [B, CS, h, w] by a weight [CS, CL, 4, 4], as `F.conv2d(x, weight,
+    stride=2, padding=1)`.
+
+    Args:
+        impl: "triton", "torch" (`F.conv2d`, cuDNN on a GPU), "ref"; "auto" is "triton" where the
+            kernels were measured to be faster (bfloat16 and float16 on a GPU of sm_90 in the
+            shapes that they take), "torch" elsewhere. "triton" cannot be differentiated twice.
+
+    Raises:
+        ValueError: shapes that do not fit each other; "triton" for what the kernels cannot take.
+    """
+    _check("conv4x4", x, weight, 1)
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"conv4x4: height and width must be even, got {tuple(x.shape)}")
+    height, width = x.shape[2] // 2, x.shape[3] // 2
+    if _chosen("conv4x4", impl, x, weight, height, width) == "triton":
+        return _Conv4x4.apply(x, weight, False)
+    return conv4x4_ref(x, weight)
+
+
+def conv_transpose4x4(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+    """x [B, CS, h, w] to [B, CL, 2h, 2w] by a weight [CS, CL, 4, 4], as `F.conv_transpose2d(x,
+    weight, stride=2, padding=1)`; `impl` and errors as of `conv4x4`.
+    """
+    _check("conv_transpose4x4", x, weight, 0)
+    if _chosen("conv_transpose4x4", impl, x, weight, *x.shape[2:]) == "triton":
+        return _Conv4x4.apply(x, weight, True)
+    return conv_transpose4x4_ref(x, weight)
+
+
+def _check(op: str, x: Tensor, weight: Tensor, side: int) -> None:
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != (4, 4):
+        raise ValueError(
+            f"{op}: x must be [B, C, H, W] and weight [CS, CL, 4, 4], got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if x.shape[1] != weight.shape[side]:
+        raise ValueError(
+            f"{op}: x has {x.shape[1]} channels, and the weight, {tuple(weight.shape)}, takes "
+            f"{weight.shape[side]}"
+        )
+
+
+def _chosen(op: str, impl: str, x: Tensor, weight: Tensor, height: int, width: int) -> str:
+    """`choose`, with "auto" for what was measured alone."""
+    fault = _fault(x, weight, height, width)
+    if impl == "auto":
+        halves = x.is_cuda and x.dtype in HALVES
+        fast = halves and not fault and torch.cuda.get_device_capability(x.device) == (9, 0)
+        return choose(op, "auto" if fast else "torch", x, fault)
+    return choose(op, impl, x, fault)
+
+
+def _fault(x: Tensor, weight: Tensor, height: int, width: int) -> str:
+    """What the kernels cannot take, or ""; height and width of the small map."""
+    cs, cl = weight.shape[:2]
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        return f"x and weight must be both of one of {DTYPES}, got {x.dtype} and {weight.dtype}"
+    if x.is_cuda and x.dtype not in HALVES:
+        return f"x must be bfloat16 or float16 on a GPU, got {x.dtype}"
+    if x.device != weight.device:
+        return f"x and weight must be on one device, got {x.device} and {weight.device}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return "the card must be of sm_90 or newer (they use its tensor memory accelerator)"
+    if cs % UNIT or (cl % UNIT and cl > IMAGE):
+        return f"channels must be a multiple of {UNIT}, or an image's, got {cl} and {cs}"
+    if x.shape[0] * height * width * max(4 * cl, cs) >= LARGEST:
+        return f"maps must be of fewer than 2^31 elements, got {tuple(x.shape)}"
+    if cl > IMAGE and not all(kernels.box(m, height, width)[0] for m in (64, 128)):
+        return f"64 and 128 pixels must be whole rows of small maps, which are {height}x{width}"
+    return ""
+
+
+def _fitted(block: Block, m: int, n: int, k: int) -> Block:
+    """`block`, with sizes that divide these channels (0: pixels, which may be cut)."""
+    m, n, k = (
+        min(size, channels & -channels) if channels else size
+        for size, channels in ((block.m, m), (block.n, n), (block.k, k))
+    )
+    return Block(m, n, k, block.warps, block.stages, block.programs)
+
+
+def _tile(pixels: int, channels: int, k: int, device: torch.device) -> Block:
+    """The tile of a product with so many pixels and channels."""
+    columns = channels // _fitted(MANY, 0, channels, k).n
+    tiles, most = -(-pixels // MANY.m) * columns, processors(device)
+    block = MANY if tiles > most else FEWER if 2 * tiles <= most else FEW
+    return _fitted(block, 0, channels, k)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """Its memory, which is channels-last, as it lies."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _image(channels: int) -> bool:
+    return channels <= IMAGE
+
+
+@torch.library.custom_op("fastgan_kernels::conv4x4_fwd", mutates_args=())
+def _fwd(large: Tensor, weight: Tensor) -> Tensor:
+    batch, cl, height, width = large.shape
+    cs = weight.shape[0]
+    small = empty(batch, height // 2, width // 2, cs, dtype=large.dtype, device=large.device)
+    given = (_nhwc(large), _nhwc(weight), small)
+    if _image(cl):
+        kernels.fwd_image(*given, _fitted(FWD_IMAGE, 0, cs, 16 * cl))
+    else:
+        kernels.fwd(*given, _tile(small.numel() // cs, cs, cl, large.device))
+    return small.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastgan_kernels::conv4x4_dgrad", mutates_args=())
+def _dgrad(small: Tensor, weight: Tensor) -> Tensor:
+    batch, cs, height, width = small.shape
+    cl = weight.shape[1]
+    large = empty(batch, 2 * height, 2 * width, cl, dtype=small.dtype, device=small.device)
+    given = (_nhwc(small), _nhwc(weight), large)
+    if _image(cl):
+        kernels.dgrad_image(*given, _fitted(DGRAD_IMAGE, 0, 0, cs))
+    else:
+        kernels.dgrad(*given, _tile(4 * batch * height * width, cl, cs, small.device))
+    return large.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastgan_kernels::conv4x4_wgrad", mutates_args=())
+def _wgrad(large: Tensor, small: Tensor) -> Tensor:
+    cl, cs = large.shape[1], small.shape[1]
+    weight = empty(cs, 4, 4, cl, dtype=large.dtype, device=large.device)
+    given = (_nhwc(large), _nhwc(small), weight)
+    if _image(cl):
+        kernels.wgrad_image(*given, _fitted(WGRAD_IMAGE, 0, cs, 0))
+    else:
+        block = WGRAD if cl % WGRAD.m == 0 else WGRAD_NARROW
+        kernels.wgrad(*given, _fitted(block, cl, cs, 0))
+    return weight.permute(0, 3, 1, 2)
+
+
+@_fwd.register_fake
+def _(large, weight):
+    batch, _, height, width = large.shape
+    small = large.new_empty(batch, height // 2, width // 2, weight.shape[0])
+    return small.permute(0, 3, 1, 2)
+
+
+@_dgrad.register_fake
+def _(small, weight):
+    batch, _, height, width = small.shape
+    large = small.new_empty(batch, 2 * height, 2 * width, weight.shape[1])
+    return large.permute(0, 3, 1, 2)
+
+
+@_wgrad.register_fake
+def _(large, small):
+    return large.new_empty(small.shape[1], 4, 4, large.shape[1]).permute(0, 3, 1, 2)
+
+
+class _Conv4x4(torch.autograd.Function):
+    """One of the two convolutions, from the three products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        ctx.save_for_backward(x, weight)
+        ctx.transposed = transposed
+        return _dgrad(x, weight) if transposed else _fwd(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = _fwd(dy, weight) if ctx.transposed else _dgrad(dy, weight)
+        if ctx.needs_input_grad[1]:
+            dweight = _wgrad(dy, x) if ctx.transposed else _wgrad(x, dy)
+        return dx, dweight, None
