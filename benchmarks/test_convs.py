@@ -1,7 +1,8 @@
 """The ten convolutions of a 64 px DCGAN: fastgan's kernels, cuDNN, and plain matrix products where
 a layer is one.
 
-    pytest benchmarks --benchmark-only -k convs
+    pytest benchmarks --benchmark-only -k convs     fastgan's tiles as it chooses them
+    pytest benchmarks --benchmark-only -k tiles     and the best of a few, to choose better
 
 A test is one product of one geometry at one batch. A layer of D and the mirrored one of G share a
 geometry, a large map, a small map and a weight: what is forward in one is the input gradient of the
@@ -13,8 +14,8 @@ float64, on a GPU for the layers of stride 2 against cuDNN in float32 without TF
 or does not compile or launch, becomes a row with its reason and no time, and fails the test after
 the rows are recorded. "fastgan" is the operator with the tile that it chooses; "best tile" the best
 of a few by a first timing, timed again beside the others: where it is faster, the choice is to be
-mended. Bytes are both maps and the weight once; operations those of the layer itself, without what
-padding adds to them.
+mended (both are in tiles.json). Bytes are both maps and the weight once; operations those of the
+layer itself, without what padding adds to them.
 
 "8 channels": cuDNN with the image and its weight filled up with zeros, beforehand. G1's input
 gradient is no part of training.
@@ -112,7 +113,7 @@ class Halving:
 
     def __init__(self, layer: str, kind: str, batch: int, device: torch.device) -> None:
         self.edge, self.cl, self.cs = HALVING[layer]
-        self.kind, self.batch, self.device = kind, batch, device
+        self.layer, self.kind, self.batch, self.device = layer, kind, batch, device
         self.maps = functools.cache(self._maps)
         self.expected = functools.cache(self._expected)
         maps = batch * self.edge**2 * (self.cl + self.cs / 4)
@@ -151,7 +152,10 @@ class Halving:
         found = {}
         if CANDIDATES:
             call = getattr(torch.ops.fastgan_kernels, f"conv4x4_{self.kind}")
-            found["fastgan"] = Variant(lambda i: call(*self._operands(i)), same, self.expected)
+            more = {"fwd": (1.0,), "wgrad": (None, 1.0)}.get(self.kind, ())  # no LeakyReLU
+            found["fastgan"] = Variant(
+                lambda i: call(*self._operands(i), *more), same, self.expected
+            )
         found["cudnn"] = self.cudnn(self.cl)
         if self.cl == 3:
             found["cudnn, 8 channels"] = self.cudnn(8)
@@ -180,8 +184,8 @@ class Halving:
 
         def run(i: int) -> Tensor:
             shape = self.expected().shape
-            out = torch.empty(shape, dtype=DTYPE, device=self.device)
-            out = out.to(memory_format=torch.channels_last)
+            layout = torch.channels_last
+            out = torch.empty(shape, dtype=DTYPE, device=self.device, memory_format=layout)
             function(*(t.permute(0, 2, 3, 1) for t in (*self._operands(i), out)), block)
             return out
 
@@ -198,7 +202,8 @@ class End:
     """
 
     def __init__(self, layer: str, kind: str, batch: int, device: torch.device) -> None:
-        self.kind, self.batch, self.cs, self.device = kind, batch, ENDS[layer], device
+        self.layer, self.kind, self.batch, self.device = layer, kind, batch, device
+        self.cs = ENDS[layer]
         self.length = 16 * 8 * WIDTH
         self.maps = functools.cache(self._maps)
         self.expected = functools.cache(self._expected)
@@ -245,9 +250,6 @@ class End:
         else:
             calls["matmul, aligned rows"] = functools.partial(product_aligned, self.kind)
         return {name: self.variant(call) for name, call in calls.items()}
-
-    def tiles(self) -> dict[str, Variant]:
-        return {}
 
 
 def product(kind: str, large: Tensor, small: Tensor, weight: Tensor, _: Tensor) -> Tensor:
@@ -321,11 +323,12 @@ def compile_ahead(variants: Iterable[Variant]) -> None:
 class Comparison:
     """The rows of one product: what is right is timed together."""
 
-    def __init__(self, problem: Halving | End, device: torch.device) -> None:
+    def __init__(
+        self, problem: Halving | End, device: torch.device, tiles: dict[str, Variant]
+    ) -> None:
         self.sets = sets_beyond_l2(problem.elements * DTYPE.itemsize, device)
         self.device = device
         self.rows: dict[str, dict[str, Any]] = {}
-        tiles = problem.tiles()
         if GPU:
             compile_ahead([*problem.fixed().values(), *tiles.values()])
         self.timed = self.right(problem.fixed())
@@ -376,12 +379,33 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("layer", "kind", "batch"), cases())
 def test_convs(layer, kind, batch, device, copy_gbps, matmul_tflops, record_rows, benchmark):
     problem = (Halving if layer in HALVING else End)(layer, kind, batch, device)
-    rows = Comparison(problem, device).finished()
+    measure("convs", problem, {}, copy_gbps, matmul_tflops, record_rows, benchmark)
+
+
+@pytest.mark.parametrize(("layer", "kind", "batch"), [c for c in cases() if c.values[0] in HALVING])
+def test_tiles(layer, kind, batch, device, copy_gbps, matmul_tflops, record_rows, benchmark):
+    problem = Halving(layer, kind, batch, device)
+    tiles = problem.tiles()
+    measure("tiles", problem, tiles, copy_gbps, matmul_tflops, record_rows, benchmark)
+
+
+def measure(
+    record: str,
+    problem: Halving | End,
+    tiles: dict[str, Variant],
+    copy_gbps: float | None,
+    matmul_tflops: float | None,
+    record_rows: Callable[..., None],
+    benchmark: Any,
+) -> None:
+    """Compare, write the rows into `record`, and fail where one is wrong."""
+    rows = Comparison(problem, problem.device, tiles).finished()
     if GPU:
         gc.collect()
         torch.cuda.empty_cache()
     nbytes = problem.elements * DTYPE.itemsize
-    of = {"layer": layer, "direction": f"{kind}: {meaning(layer, kind)}", "batch": batch}
+    layer, kind = problem.layer, problem.kind
+    of = {"layer": layer, "direction": f"{kind}: {meaning(layer, kind)}", "batch": problem.batch}
     of["dtype"] = str(DTYPE).removeprefix("torch.")
     for i, row in enumerate(rows):
         tflops = problem.operations / row["ms"] / 1e9 if row["ms"] else None
@@ -394,7 +418,7 @@ def test_convs(layer, kind, batch, device, copy_gbps, matmul_tflops, record_rows
             "floor_ms": nbytes / copy_gbps / 1e6 if copy_gbps else None,
             **checks,
         }
-    record_rows("convs", rows)
+    record_rows(record, rows)
     first = next(iter(problem.fixed().values()))
     benchmark.extra_info |= {row["variant"]: row["ms"] for row in rows}
     benchmark.pedantic(synchronised(lambda: first.run(0)), rounds=20, warmup_rounds=2)

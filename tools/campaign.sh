@@ -7,7 +7,8 @@
 #   SECONDS_IN_ALL=540  what all together may take: a section gets its share, and what is left over
 #   ONLY="convs more"   these sections alone, each with all of the time that is left. Only when they
 #                       are named: "data" (decoding, caches, feeds; FASTGAN_FACES is passed on),
-#                       "convs" (the ten convolutions), "more" (steps of other sizes and batches),
+#                       "tiles" (other tiles for the convolutions), "more" (steps of other sizes
+#                       and batches),
 #                       "compiled" (tests that compile), "native" (the kernels' tests on the GPU),
 #                       "slow", "autotuned" and "sweep"
 #
@@ -19,7 +20,7 @@
 # benchmarks/results by hand.
 set -ufo pipefail
 sections="info step run train profile graph tests growth kernels"
-named="data convs more compiled native slow autotuned sweep"
+named="data convs tiles more compiled native slow autotuned sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -124,9 +125,10 @@ section growth 8 "${bench[@]}" growth
 section kernels 6 "${bench[@]}" "$kernels"
 section data 0 "${bench[@]}" "data or feeds or saving"
 section convs 0 "${bench[@]}" convs
+section tiles 0 "${bench[@]}" tiles
 section more 0 "${bench[@]}" "test_step and not $first"
 section compiled 0 "${pytest[@]}" -k compile -m "not slow" tests/test_graph.py tests/test_step.py
-section native 0 "${pytest[@]}" tests/kernels tests/test_step.py tests/test_conv4x4.py
+section native 0 "${pytest[@]}" tests/kernels tests/test_step.py
 section slow 0 "${pytest[@]}" -m slow tests
 section autotuned 0 "${bench[@]}" autotuned
 section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"

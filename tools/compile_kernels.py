@@ -163,9 +163,9 @@ def conv_calls(batch: int, edge: int, cl: int, cs: int, dtype: torch.dtype) -> N
         for shape in ((batch, cl, edge, edge), (batch, cs, edge // 2, edge // 2), (cs, cl, 4, 4))
     )
     ops = torch.ops.fastgan_kernels
-    ops.conv4x4_fwd(large, weight)
+    ops.conv4x4_fwd(large, weight, 0.2)
     ops.conv4x4_dgrad(small, weight)
-    ops.conv4x4_wgrad(large, small)
+    ops.conv4x4_wgrad(large, small, small if cl == 3 else None, 0.2)
 
 
 def gather_call(dtype: torch.dtype, flip: bool) -> None:

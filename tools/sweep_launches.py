@@ -44,7 +44,8 @@ def settings_of(launch: str) -> Iterator[tuple[ops.Launch, int]]:
 
 
 def in_use(launch: str) -> tuple[ops.Launch, int]:
-    return (ops.OF_X if launch in ("stats", "apply") else ops.OF_X_AND_DY), ops.PROGRAMS_PER_SM
+    used = {"stats": ops.OF_X_AND_NEXT, "apply": ops.OF_X}
+    return used.get(launch, ops.OF_X_AND_DY), ops.PROGRAMS_PER_SM
 
 
 def calls(launch: str, batch: int, channels: int, size: int, sets: int) -> list[Any]:
@@ -74,7 +75,7 @@ def calls(launch: str, batch: int, channels: int, size: int, sets: int) -> list[
 
 
 def set_settings(launch: ops.Launch, programs: int) -> None:
-    ops.OF_X = ops.OF_X_AND_DY = launch
+    ops.OF_X = ops.OF_X_AND_NEXT = ops.OF_X_AND_DY = launch
     ops.PROGRAMS_PER_SM = programs
 
 
@@ -110,10 +111,11 @@ def main() -> int:
                  "programs_per_sm": programs, "in_use": bool(mark),
                  "share_of_copy": nbytes / ms / 1e6 / copy}
             )  # fmt: skip
-        set_settings(*kept["stats"])
-        ops.OF_X_AND_DY = kept["grad_sums"][0]
-        used = [pair for pair in best if "in use" in pair[1]]
-        for ms, name in [*sorted(best)[:3], *used]:
+        used = (kept[name][0] for name in ("apply", "stats", "grad_sums"))
+        ops.OF_X, ops.OF_X_AND_NEXT, ops.OF_X_AND_DY = used
+        ops.PROGRAMS_PER_SM = kept["stats"][1]
+        chosen = [pair for pair in best if "in use" in pair[1]]
+        for ms, name in [*sorted(best)[:3], *chosen]:
             share = nbytes / ms / 1e6 / copy
             case = f"{launch:<10} {batch:>4}x{channels}x{size}x{size:<3}"
             print(f"{case} {1000 * ms:8.2f} us {share:6.1%}  {name}")

@@ -7,9 +7,9 @@ these of the 1-Wasserstein distance between projections.
 
 That distance is the mean of |a_i - b_i| over both in sorted order, and as well the integral of
 |F_a - F_b| over their distribution functions. Here it is the second, on a grid of 1/4096 standard
-deviations: within 3e-4 of the first, and counting is 400 M values/s on two cores where NumPy
-sorts 50 (Zen 4, whose AVX-512 sort is slow; 340 with AVX2) and torch 20. And the counts of a set
-are some hundred MB, where its sorted projections are 13 GB (16,384 images of 64 px).
+deviations, within 3e-4 of the first: a thread counts 230 M values/s where NumPy sorts 29 (of 2 M
+values on Zen 4, whose AVX-512 sort is slow; 172 with AVX2 alone) and torch 9. And the counts of a
+set are some 400 MB, where its sorted projections are 13 GB (16,384 images of 64 px).
 
 Each set is standardised by itself: a cast of colour or less contrast in all of one set is not seen.
 The score of two halves of the real set is the floor that belongs beside any other.
@@ -36,7 +36,7 @@ BINOMIAL = (0.0625, 0.25, 0.375, 0.25, 0.0625)
 SCALE = 1e3  # of the numbers as they are published
 
 GRID = 4096  # cells a standard deviation
-FARTHEST = 64  # standard deviations, and all beyond counts as there; faces reach 40
+FARTHEST = 64  # standard deviations, and all beyond counts as there; faces reach 23
 FLAT = 1e-3  # grey levels of standard deviation, and a colour is taken to be the same everywhere
 
 CHUNK = 64  # images at a time
@@ -80,7 +80,7 @@ def swd(real: ArrayLike, fake: ArrayLike, *, seed: int = 0) -> Swd:
 class RealSet:
     """A set of real images, read and projected once, to compare many others with.
 
-    Takes 108 kB of memory an image while it is made and in each comparison, and holds 300 to 500
+    Takes 125 kB of memory an image while it is made and in each comparison, and holds 300 to 500
     MB, however many images there are.
     """
 

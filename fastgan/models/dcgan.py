@@ -137,8 +137,8 @@ class Discriminator(nn.Module):
         self.last = nn.Conv2d(inner[-1], 1, base, 1, 0, bias=False)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
-        x = conv4x4(images, self.first.weight, impl=self.conv_impl)
-        x = F.leaky_relu(x, LEAKY_SLOPE)
+        weight = self.first.weight
+        x = conv4x4(images, weight, negative_slope=LEAKY_SLOPE, impl=self.conv_impl)
         for block in self.blocks:
             x = block(x, groups)
         # the last convolution takes all of the map: a dot product, in the order of channels-last

@@ -20,7 +20,8 @@ Sums. A program adds up x - pivot and its square in float32 lanes, where the piv
 eight of the channel's values, from rows all over the group: the same for every program, so that
 partial sums just add up, and near enough to the mean that the variance does not cancel. The last
 program of a channel block to finish adds the partial sums in a fixed order: no float atomics, so
-the same bits every time.
+the same bits every time. The next tile is asked for before the one at hand is added up, which
+hides most of the way to L2 and back.
 """
 
 from dataclasses import dataclass
@@ -46,10 +47,11 @@ class Launch:
 
 
 # A tile is 64 channels wide (fewer where there are fewer): one 128-byte line a row of 16-bit
-# values. Each of 256 threads then has four 16-byte loads in flight, of x alone or of x and dy; two
-# such programs a multiprocessor cover the latency of its share of the memory (32 KB in flight).
-# Registers are held to what lets both in.
+# values. Each of 256 threads then has four 16-byte loads in flight, of x, of x and dy, or of this
+# tile and the next; two such programs a multiprocessor cover the latency of its share of the memory
+# (32 KB in flight). Registers are held to what lets both in.
 OF_X = Launch(tile_bytes=16 << 10, warps=8)
+OF_X_AND_NEXT = Launch(tile_bytes=8 << 10, warps=8)
 OF_X_AND_DY = Launch(tile_bytes=8 << 10, warps=8)
 CHANNELS = 64
 # The reductions: this many programs a multiprocessor, each over at least this many tiles; more
@@ -108,6 +110,9 @@ def _bn_act_stats_kernel(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     group_ptr = x_ptr + group.to(tl.int64) * M * C
+    start, stop = split * chunk, tl.minimum((split + 1) * chunk, M)
+    inside, at = _tile(start, stop, c, C, EVEN_C, BLOCK_M)
+    x = tl.load(group_ptr + tl.cast(start, tl.int64) * C + at, mask=inside, other=0.0)
     # Eight rows an eighth apart, each a little further into its own: not all of them corners of
     # images, which padding makes unlike the rest.
     i = tl.arange(0, 8)
@@ -117,14 +122,15 @@ def _bn_act_stats_kernel(
     pivot = tl.sum(sample.to(tl.float32), axis=0) / 8
     one = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     two = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    stop = tl.minimum((split + 1) * chunk, M)
-    for first in range(split * chunk, stop, BLOCK_M):
-        inside, at = _tile(first, stop, c, C, EVEN_C, BLOCK_M)
-        tile_ptr = group_ptr + tl.cast(first, tl.int64) * C
-        x = tl.load(tile_ptr + at, mask=inside, other=0.0)
+    for first in range(start, stop, BLOCK_M):
+        ahead, at = _tile(first + BLOCK_M, stop, c, C, EVEN_C, BLOCK_M)
+        tile_ptr = group_ptr + tl.cast(first + BLOCK_M, tl.int64) * C
+        x_ahead = tl.load(tile_ptr + at, mask=ahead, other=0.0)
+        inside, _ = _tile(first, stop, c, C, EVEN_C, BLOCK_M)
         shifted = tl.where(inside, x.to(tl.float32) - pivot[None, :], 0.0)
         one += shifted
         two += shifted * shifted
+        x = x_ahead
     sums_of_split_ptr = partial_ptr + (group * splits + split) * 2 * C + c
     tl.store(sums_of_split_ptr, tl.sum(one, axis=0), mask=in_c)
     tl.store(sums_of_split_ptr + C, tl.sum(two, axis=0), mask=in_c)
@@ -231,21 +237,26 @@ def _bn_act_grad_sums_kernel(
     C = units * UNIT
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
+    start, stop = split * chunk, tl.minimum((split + 1) * chunk, M)
+    inside, at = _tile(start, stop, c, C, EVEN_C, BLOCK_M)
+    begin = (group.to(tl.int64) * M + start) * C
+    x = tl.load(x_ptr + begin + at, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + begin + at, mask=inside, other=0.0)
     mean, var, weight, bias = _channel(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, group, c, in_c, C
     )  # fmt: skip
     one = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     two = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    stop = tl.minimum((split + 1) * chunk, M)
-    for first in range(split * chunk, stop, BLOCK_M):
-        inside, at = _tile(first, stop, c, C, EVEN_C, BLOCK_M)
-        start = (group.to(tl.int64) * M + first) * C
-        x = tl.load(x_ptr + start + at, mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + start + at, mask=inside, other=0.0)
+    for first in range(start, stop, BLOCK_M):
+        ahead, at = _tile(first + BLOCK_M, stop, c, C, EVEN_C, BLOCK_M)
+        begin = (group.to(tl.int64) * M + first + BLOCK_M) * C
+        x_ahead = tl.load(x_ptr + begin + at, mask=ahead, other=0.0)
+        dy_ahead = tl.load(dy_ptr + begin + at, mask=ahead, other=0.0)
         x_hat, z, _ = _normalise(x, mean, var, weight, bias, eps)
         dz = _through_act(dy, z, negative_slope, ACT)
         one += dz
         two += dz * x_hat
+        x, dy = x_ahead, dy_ahead
     sums_of_split_ptr = partial_ptr + (group * splits + split) * 2 * C + c
     tl.store(sums_of_split_ptr, tl.sum(one, axis=0), mask=in_c)
     tl.store(sums_of_split_ptr + C, tl.sum(two, axis=0), mask=in_c)
@@ -363,7 +374,7 @@ def bn_act_stats(
     track: bool,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, float32 [groups, C]; with `track` the running statistics move."""
-    tiling = _Tiling(x, groups, OF_X)
+    tiling = _Tiling(x, groups, OF_X_AND_NEXT)
     chunk, splits = tiling.split()
     mean, var = tiling.per_group(), tiling.per_group()
     launch(

@@ -44,7 +44,8 @@ def bn_act_apply(
 ) -> Tensor:
     eps, act, negative_slope = options
     z = _normalise(x, mean, var, eps) * _beside(weight) + _beside(bias)
-    return activate(z, act, negative_slope).flatten(0, 1).to(x.dtype)
+    # not the other way round: Dynamo of torch 2.11 then loses the gradient
+    return activate(z, act, negative_slope).to(x.dtype).flatten(0, 1)
 
 
 def _dz(x_hat: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, options: Any) -> Tensor:

@@ -1,12 +1,12 @@
 """The convolutions of a DCGAN: kernel 4, stride 2, padding 1, no bias.
 
-    conv4x4             Conv2d:          x [B, CL, 2h, 2w] to [B, CS, h, w]
+    conv4x4             Conv2d:          x [B, CL, 2h, 2w] to [B, CS, h, w], and a LeakyReLU
     conv_transpose4x4   ConvTranspose2d: x [B, CS, h, w] to [B, CL, 2h, 2w]
 
 with a weight [CS, CL, 4, 4] in both, PyTorch's layout. All in float32, bfloat16 or float16 (float64
 by PyTorch's own operators), channels-last. The three products that both and their gradients are
 made of, with what they cost and how they round, are those of `conv4x4_kernels`; a weight's gradient
-comes in the weight's type. Saved for backward: x and the weight.
+comes in the weight's type. Saved for backward: x, the weight and, with a LeakyReLU, y.
 
 cuDNN runs the layer at an image, of three channels, at a fraction of the memory's speed, and the
 others at half to nine tenths of the matrix units'; the kernels are written for those few shapes.
@@ -39,20 +39,23 @@ FWD_IMAGE, DGRAD_IMAGE = Block(64, 64, 16, 4, 3), Block(64, 16, 64, 4, 3)
 WGRAD_IMAGE = Block(64, 64, 64, 4, 3, programs=2)
 
 
-def conv4x4_ref(x: Tensor, weight: Tensor) -> Tensor:
-    """The definition of `conv4x4`, by PyTorch's own operator; `conv_transpose4x4_ref`'s likewise.
+def conv4x4_ref(x: Tensor, weight: Tensor, negative_slope: float = 1.0) -> Tensor:
+    """The definition of `conv4x4`, by PyTorch's own operators; `conv_transpose4x4_ref`'s likewise.
     Every other implementation is held to them in float64.
     """
-    return F.conv2d(x, weight, stride=2, padding=1)
+    y = F.conv2d(x, weight, stride=2, padding=1)
+    return y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
 
 
 def conv_transpose4x4_ref(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv_transpose2d(x, weight, stride=2, padding=1)
 
 
-def conv4x4(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+def conv4x4(
+    x: Tensor, weight: Tensor, *, negative_slope: float = 1.0, impl: str = "auto"
+) -> Tensor:
     """x [B, CL, 2h, 2w] to [B, CS, h, w] by a weight [CS, CL, 4, 4], as `F.conv2d(x, weight,
-    stride=2, padding=1)`.
+    stride=2, padding=1)`, and `F.leaky_relu` with `negative_slope` (above 0; 1: none).
 
     Args:
         impl: "triton", "torch" (`F.conv2d`, cuDNN on a GPU), "ref"; "auto" is "triton" where the
@@ -60,15 +63,21 @@ def conv4x4(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
             shapes that they take), "torch" elsewhere. "triton" cannot be differentiated twice.
 
     Raises:
-        ValueError: shapes that do not fit each other; "triton" for what the kernels cannot take.
+        ValueError: shapes that do not fit each other; a slope that is not above 0; "triton" for
+            what the kernels cannot take.
     """
     _check("conv4x4", x, weight, 1)
+    if not negative_slope > 0:  # y's sign is that of the product
+        raise ValueError(f"conv4x4: negative_slope must be above 0, got {negative_slope}")
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"conv4x4: height and width must be even, got {tuple(x.shape)}")
     height, width = x.shape[2] // 2, x.shape[3] // 2
     if _chosen("conv4x4", impl, x, weight, height, width) == "triton":
-        return _Conv4x4.apply(x, weight, False)
-    return conv4x4_ref(x, weight)
+        if _image(weight.shape[1]):
+            return _Conv4x4.apply(x, weight, False, negative_slope)
+        y = _Conv4x4.apply(x, weight, False, 1.0)
+        return y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
+    return conv4x4_ref(x, weight, negative_slope)
 
 
 def conv_transpose4x4(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
@@ -77,7 +86,7 @@ def conv_transpose4x4(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tenso
     """
     _check("conv_transpose4x4", x, weight, 0)
     if _chosen("conv_transpose4x4", impl, x, weight, *x.shape[2:]) == "triton":
-        return _Conv4x4.apply(x, weight, True)
+        return _Conv4x4.apply(x, weight, True, 1.0)
     return conv_transpose4x4_ref(x, weight)
 
 
@@ -151,13 +160,13 @@ def _image(channels: int) -> bool:
 
 
 @torch.library.custom_op("fastgan_kernels::conv4x4_fwd", mutates_args=())
-def _fwd(large: Tensor, weight: Tensor) -> Tensor:
+def _fwd(large: Tensor, weight: Tensor, slope: float) -> Tensor:
     batch, cl, height, width = large.shape
     cs = weight.shape[0]
     small = empty(batch, height // 2, width // 2, cs, dtype=large.dtype, device=large.device)
     given = (_nhwc(large), _nhwc(weight), small)
     if _image(cl):
-        kernels.fwd_image(*given, _fitted(FWD_IMAGE, 0, cs, 16 * cl))
+        kernels.fwd_image(*given, _fitted(FWD_IMAGE, 0, cs, 16 * cl), slope)
     else:
         kernels.fwd(*given, _tile(small.numel() // cs, cs, cl, large.device))
     return small.permute(0, 3, 1, 2)
@@ -177,12 +186,13 @@ def _dgrad(small: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastgan_kernels::conv4x4_wgrad", mutates_args=())
-def _wgrad(large: Tensor, small: Tensor) -> Tensor:
+def _wgrad(large: Tensor, small: Tensor, y: Tensor | None, slope: float) -> Tensor:
     cl, cs = large.shape[1], small.shape[1]
     weight = empty(cs, 4, 4, cl, dtype=large.dtype, device=large.device)
     given = (_nhwc(large), _nhwc(small), weight)
     if _image(cl):
-        kernels.wgrad_image(*given, _fitted(WGRAD_IMAGE, 0, cs, 0))
+        of_y = None if y is None else _nhwc(y)
+        kernels.wgrad_image(*given, _fitted(WGRAD_IMAGE, 0, cs, 0), of_y, slope)
     else:
         block = WGRAD if cl % WGRAD.m == 0 else WGRAD_NARROW
         kernels.wgrad(*given, _fitted(block, cl, cs, 0))
@@ -190,7 +200,7 @@ def _wgrad(large: Tensor, small: Tensor) -> Tensor:
 
 
 @_fwd.register_fake
-def _(large, weight):
+def _(large, weight, slope):
     batch, _, height, width = large.shape
     small = large.new_empty(batch, height // 2, width // 2, weight.shape[0])
     return small.permute(0, 3, 1, 2)
@@ -204,7 +214,7 @@ def _(small, weight):
 
 
 @_wgrad.register_fake
-def _(large, small):
+def _(large, small, y, slope):
     return large.new_empty(small.shape[1], 4, 4, large.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -212,20 +222,24 @@ class _Conv4x4(torch.autograd.Function):
     """One of the two convolutions, from the three products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool, slope: float) -> Tensor:
         x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        ctx.save_for_backward(x, weight)
-        ctx.transposed = transposed
-        return _dgrad(x, weight) if transposed else _fwd(x, weight)
+        y = _dgrad(x, weight) if transposed else _fwd(x, weight, slope)
+        ctx.save_for_backward(x, weight, None if slope == 1 else y)
+        ctx.transposed, ctx.slope = transposed, slope
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, y = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dweight = None
+        if y is not None and ctx.needs_input_grad[0]:  # dgrad takes each pixel nine times
+            dy, y = torch.where(y > 0, dy, dy * ctx.slope), None
         if ctx.needs_input_grad[0]:
-            dx = _fwd(dy, weight) if ctx.transposed else _dgrad(dy, weight)
+            dx = _fwd(dy, weight, 1.0) if ctx.transposed else _dgrad(dy, weight)
         if ctx.needs_input_grad[1]:
-            dweight = _wgrad(dy, x) if ctx.transposed else _wgrad(x, dy)
-        return dx, dweight, None
+            large, small = (dy, x) if ctx.transposed else (x, dy)
+            dweight = _wgrad(large, small, y, ctx.slope)
+        return dx, dweight, None, None

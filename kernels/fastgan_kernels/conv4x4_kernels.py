@@ -15,7 +15,8 @@ and a small map S [B, h, w, CS] by one weight W [CS, 4, 4, CL] over (cs, kh, kw,
 - Between inner maps by the tensor memory accelerator (TMA, sm_90): with L seen as
   [B, h, 2, w, 2*CL] each of the 16 taps is a plain box, and what of it lies outside reads as the
   padding's zeros.
-- At an image (CL of 4 or fewer) by pointers, and dgrad's four phases in one tile.
+- At an image (CL of 4 or fewer) by pointers, and dgrad's four phases in one tile. Here fwd applies
+  a LeakyReLU on the way out, and wgrad its gradient on the way in.
 
 Bytes: both maps and the weight once. The cost is the product, 32*B*h*w*CL*CS operations, or at an
 image's few channels the bytes. Computed in float32 (inputs in float32 are not cut to TF32), rounded
@@ -37,7 +38,7 @@ from ._launch import INTERPRETED, empty, jit, launch, processors, tl, triton
 # bfloat16 arithmetic in the interpreter is wrong
 WIDE = tl.constexpr(INTERPRETED) if triton is not None else False
 STEPS_A_SPLIT = 4  # at least, of wgrad's sum over pixels
-SUMMED = 32, 64  # splits and values of a gradient that a program adds up at a time
+SUMMED = 2048  # values that a program adds up at a time, of a few splits
 IMAGE = 4  # channels of a large map that is an image, at most
 
 
@@ -100,7 +101,7 @@ def _conv4x4_fwd_image_kernel(
     large_ptr,  # [B, H, W, CL]
     weight_ptr,  # [CS, 16 * CL]
     small_ptr,  # [M, CS]
-    M,
+    M, slope,
     H: tl.constexpr, W: tl.constexpr, CL: tl.constexpr, CS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -115,6 +116,7 @@ def _conv4x4_fwd_image_kernel(
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         weight = tl.load(weight_ptr + n[None, :] * (16 * CL) + k[:, None])
         acc = _dot(patches, weight, acc)
+    acc = tl.where(acc > 0, acc, acc * slope)
     at = small_ptr + pixel[:, None] * CS + n[None, :]
     tl.store(at, acc.to(small_ptr.dtype.element_ty), mask=in_m[:, None])
 
@@ -157,8 +159,9 @@ def _conv4x4_dgrad_image_kernel(
 def _conv4x4_wgrad_image_kernel(
     large_ptr,  # [B, H, W, CL]
     small_ptr,  # [M, CS]
+    y_ptr,  # [M, CS], what fwd gave, or None where it applied no LeakyReLU
     partial_ptr,  # [splits, CS, 16 * CL]
-    M, chunk,  # chunk: pixels of a split, a multiple of BLOCK_K
+    M, chunk, slope,  # chunk: pixels of a split, a multiple of BLOCK_K
     H: tl.constexpr, W: tl.constexpr, CL: tl.constexpr, CS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -170,8 +173,13 @@ def _conv4x4_wgrad_image_kernel(
         pixel = first + tl.arange(0, BLOCK_K)
         in_m = pixel < M
         patches = _patches(large_ptr, pixel, in_m, block, H, W, CL, BLOCK_M)
-        at = small_ptr + pixel[:, None] * CS + n[None, :]
-        acc = _dot(tl.trans(patches), tl.load(at, mask=in_m[:, None], other=0.0), acc)
+        at = pixel[:, None] * CS + n[None, :]
+        small = tl.load(small_ptr + at, mask=in_m[:, None], other=0.0)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + at, mask=in_m[:, None], other=0.0)
+            dz = small.to(tl.float32)
+            small = tl.where(y > 0, dz, dz * slope).to(small.dtype)
+        acc = _dot(tl.trans(patches), small, acc)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     at = partial_ptr + split * (16 * CL * CS) + n[None, :] * (16 * CL) + row[:, None]
     tl.store(at, acc.to(partial_ptr.dtype.element_ty), mask=(row < 16 * CL)[:, None])
@@ -272,14 +280,18 @@ def _conv4x4_sum_kernel(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < NUMEL)
 
 
-def fwd_image(large: Tensor, weight: Tensor, small: Tensor, block: Block) -> None:
-    """All NHWC and contiguous, here and in what follows; weight [CS, 4, 4, CL]."""
+def fwd_image(
+    large: Tensor, weight: Tensor, small: Tensor, block: Block, slope: float = 1.0
+) -> None:
+    """All NHWC and contiguous, here and in what follows; weight [CS, 4, 4, CL]. `slope` is the
+    LeakyReLU's.
+    """
     batch, height, width, cl = large.shape
     cs = small.shape[3]
     pixels = small.numel() // cs
     launch(
         _conv4x4_fwd_image_kernel, (-(-pixels // block.m) * (cs // block.n),),
-        large, weight, small, pixels, height, width, cl, cs,
+        large, weight, small, pixels, slope, height, width, cl, cs,
         device=large.device, **block.options("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     )  # fmt: skip
 
@@ -295,7 +307,15 @@ def dgrad_image(small: Tensor, weight: Tensor, large: Tensor, block: Block) -> N
     )  # fmt: skip
 
 
-def wgrad_image(large: Tensor, small: Tensor, weight: Tensor, block: Block) -> None:
+def wgrad_image(
+    large: Tensor,
+    small: Tensor,
+    weight: Tensor,
+    block: Block,
+    y: Tensor | None = None,
+    slope: float = 1.0,
+) -> None:
+    """`small` is the gradient of `y`, the LeakyReLU's output, or of the product itself."""
     _, height, width, cl = large.shape
     cs = small.shape[3]
     tiles, pixels = -(-16 * cl // block.m) * (cs // block.n), small.numel() // cs
@@ -303,7 +323,7 @@ def wgrad_image(large: Tensor, small: Tensor, weight: Tensor, block: Block) -> N
     partial = _partial(weight, splits)
     launch(
         _conv4x4_wgrad_image_kernel, (tiles, splits),
-        large, small, partial, pixels, chunk, height, width, cl, cs,
+        large, small, y, partial, pixels, chunk, slope, height, width, cl, cs,
         device=large.device, **block.options("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     )  # fmt: skip
     _sum(partial, weight, splits)
@@ -379,7 +399,9 @@ def _partial(weight: Tensor, splits: int) -> Tensor:
 
 def _sum(partial: Tensor, weight: Tensor, splits: int) -> None:
     if splits > 1:
-        numel, (rows, block) = weight.numel(), SUMMED
+        # few values and many splits, or the other way round: as many programs as can be
+        numel, rows = weight.numel(), min(128, 1 << (splits - 1).bit_length())
+        block = SUMMED // rows
         launch(
             _conv4x4_sum_kernel, (-(-numel // block),), partial, weight, splits,
             NUMEL=numel, ROWS=rows, BLOCK=block, num_warps=4, device=weight.device,

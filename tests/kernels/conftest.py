@@ -8,7 +8,12 @@ import torch
 
 from fastgan_kernels import _launch
 
-MODULES = ("bn_act_kernels", "gather_u8")  # those that allocate through _launch
+MODULES = (
+    "bn_act_kernels",
+    "conv4x4",
+    "conv4x4_kernels",
+    "gather_u8",
+)  # those that allocate through _launch
 
 
 @pytest.fixture

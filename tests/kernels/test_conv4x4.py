@@ -52,7 +52,7 @@ def nhwc(*tensors):
 
 def exact(kind, large, small, weight):
     """The product in float64, by PyTorch."""
-    large, small, weight = (t.double().cpu() for t in (large, small, weight))
+    large, small, weight = (t.double().contiguous() for t in (large, small, weight))
     if kind == "fwd":
         return nn.functional.conv2d(large, weight, stride=2, padding=1)
     if kind == "dgrad":
@@ -75,7 +75,7 @@ def assert_close(got, expected, allowed=FLOAT32):
     """Within the rounding of each value and `allowed` of the largest."""
     assert got.shape == expected.shape
     bound = ROUNDING[got.dtype] * expected.abs() + allowed * expected.abs().max()
-    assert ((got.double().cpu() - expected).abs() <= bound).all()
+    assert ((got.double() - expected).abs() <= bound).all()
 
 
 @needs_triton
@@ -122,7 +122,7 @@ def test_values_and_gradients(transposed, shape, dtype, device):
     dx, dweight = torch.autograd.grad(y, [x, weight], dy)
     for got in (y, dx, dweight):
         assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
-    x, dy, weight = (t.detach().double().cpu() for t in (x, dy, weight))
+    x, dy, weight = (t.detach().double().contiguous() for t in (x, dy, weight))
     x.requires_grad_()
     weight.requires_grad_()
     expected = function(x, weight, impl="ref")
@@ -130,6 +130,32 @@ def test_values_and_gradients(transposed, shape, dtype, device):
     gradients = torch.autograd.grad(expected, [x, weight], dy)
     for got, right in zip((dx, dweight), gradients, strict=True):
         assert_close(got, right)
+
+
+@needs_triton
+@needs_tma
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("to_images", [False, True])
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_a_leaky_relu(shape, to_images, dtype, device):
+    """In the kernels at an image, and after the others; in backward, too, where the images need no
+    gradient.
+    """
+    large, small, weight = maps(shape, dtype, device)
+    given = (large.requires_grad_(to_images), weight.requires_grad_())
+    wanted = [t for t in given if t.requires_grad]
+    y = conv4x4(*given, negative_slope=0.2, impl="triton")
+    gradients = torch.autograd.grad(y, wanted, small)
+    wide = [t.detach().double().contiguous().requires_grad_(t.requires_grad) for t in given]
+    expected = nn.functional.leaky_relu(nn.functional.conv2d(*wide, stride=2, padding=1), 0.2)
+    assert_close(y, expected.detach(), FLOAT32 + ROUNDING[dtype])  # rounded twice, between others
+    # of a y next to 0 the rounding decides the slope: the exact gradient of the signs that it has
+    dz = torch.where(y > 0, 1.0, 0.2) * small.double()
+    z = nn.functional.conv2d(*wide, stride=2, padding=1)
+    right = torch.autograd.grad(z, [t for t in wide if t.requires_grad], dz)
+    for got, value in zip(gradients, right, strict=True):
+        # each term of the sum is rounded, too
+        assert_close(got, value, FLOAT32 + ROUNDING[dtype])
 
 
 @needs_triton
@@ -158,9 +184,10 @@ def test_torch_and_ref_are_pytorchs(function):
 def test_the_operators_are_registered_rightly(shape, device):
     large, small, weight = maps(shape, torch.float16, device)
     ops = torch.ops.fastgan_kernels
-    for name, given in (("fwd", (large, weight)), ("dgrad", (small, weight))):
-        torch.library.opcheck(getattr(ops, f"conv4x4_{name}"), given)
-    torch.library.opcheck(ops.conv4x4_wgrad, (large, small))
+    torch.library.opcheck(ops.conv4x4_fwd, (large, weight, 0.2))
+    torch.library.opcheck(ops.conv4x4_dgrad, (small, weight))
+    for y in (None, small):
+        torch.library.opcheck(ops.conv4x4_wgrad, (large, small, y, 0.2))
 
 
 @needs_triton
@@ -207,9 +234,9 @@ def test_the_layers_of_a_dcgan(layer, batch, dtype, device):
     large, small, weight = tensors = maps((batch, edge, edge, cl, cs), dtype, device)
     ops = torch.ops.fastgan_kernels
     assert op._chosen("conv4x4", "auto", large, weight, edge // 2, edge // 2) == "triton"
-    assert_close(ops.conv4x4_fwd(large, weight), exact("fwd", *tensors))
+    assert_close(ops.conv4x4_fwd(large, weight, 1.0), exact("fwd", *tensors))
     assert_close(ops.conv4x4_dgrad(small, weight), exact("dgrad", *tensors))
-    assert_close(ops.conv4x4_wgrad(large, small), exact("wgrad", *tensors))
+    assert_close(ops.conv4x4_wgrad(large, small, None, 1.0), exact("wgrad", *tensors))
 
 
 @pytest.mark.parametrize(
