@@ -101,18 +101,19 @@ def version_of(package: str) -> str | None:
 def commit() -> tuple[str | None, bool]:
     """The git commit of the source tree that runs, and whether it was clean.
 
-    Outside a checkout it is what FASTGAN_COMMIT says, which a copy of a clean tree is given;
-    (None, False) without it.
+    A copy of a clean tree is told its commit by FASTGAN_COMMIT, also where it lies in a checkout
+    of another one. (None, False) where nothing says it.
     """
-    given = os.environ.get("FASTGAN_COMMIT") or None
+    if given := os.environ.get("FASTGAN_COMMIT"):
+        return given, True
     root = Path(__file__).resolve().parents[1]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
         if Path(top) != root:  # installed into somebody else's repository
-            return given, given is not None
+            return None, False
         return _git(root, "rev-parse", "HEAD"), not _git(root, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
-        return given, given is not None
+        return None, False
 
 
 def _git(root: Path, *args: str) -> str:

@@ -26,6 +26,7 @@ NO_KERNELS = (
 KERNELS = Path("kernels") / "README.md"
 MARKED = re.compile(rf"(?s)(?!.*{BEGIN}.*{BEGIN})(?!.*{END}.*{END}).*\n{BEGIN}\n.*{END}\n.*")
 OURS, MAIN_CASE = "fastgan", "64 px, batch 128"
+LENGTH_KIMG = 3000  # of a run whose time stands beside the rates
 Record = dict[str, Any]
 # What must be the same for figures of two records to stand in one table.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "commit", "clean")
@@ -107,13 +108,14 @@ def steps(results: Path) -> str:
         ]
         lines = [
             f"### {gpu}, {MAIN_CASE}\n",
-            "| | img/s | x reference | x strongest | of the roofline |",
-            "|---|---:|---:|---:|---:|",
+            f"| | img/s | {LENGTH_KIMG:,} kimg at that rate | x reference | x strongest | of the "
+            "roofline |",
+            "|---|---:|---:|---:|---:|---:|",
         ]
         for _, train in records(results, "train"):
-            if all(train["environment"][k] == record["environment"][k] for k in SAME):
+            if same(train, record):
                 lines += [
-                    f"| `{row['variant']}` | {row['img_per_s']:,.0f} | | | |"
+                    f"| `{row['variant']}` | {row['img_per_s']:,.0f} | {length(row)} | | | |"
                     for row in train["rows"]
                     if row["case"] == MAIN_CASE
                 ]
@@ -122,13 +124,43 @@ def steps(results: Path) -> str:
             name += " (the strongest)" if row is strongest else ""
             against = (f"{row[k]:.2f}" if row[k] else "" for k in ("x_reference", "x_strongest"))
             lines.append(
-                f"| {name} | {row['img_per_s']:,.0f} | {' | '.join(against)} | "
+                f"| {name} | {row['img_per_s']:,.0f} | {length(row)} | {' | '.join(against)} | "
                 f"{percent(row['share_of_roofline'])} |"
             )
+        for _, runs in records(results, "training"):
+            if same(runs, record):
+                lines += ["", *trained(runs["rows"])]
         folder = f"benchmarks/results/{path.parent.name}"
         lines.append(f"\n{origin(record)} All sizes, batches and contenders: [{folder}]({folder}).")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) or NO_STEPS
+
+
+def same(one: Record, other: Record) -> bool:
+    """Whether figures of both may stand in one table."""
+    return all(one["environment"][key] == other["environment"][key] for key in SAME)
+
+
+def length(row: dict[str, Any]) -> str:
+    """How long a run of LENGTH_KIMG takes at a row's rate."""
+    minutes, seconds = divmod(round(LENGTH_KIMG * 1000 / row["img_per_s"]), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def trained(rows: list[dict[str, Any]]) -> list[str]:
+    """Whole runs and what their pictures are worth, beside the real ones."""
+    lines = [
+        "| pictures | run | SWD | MS-SSIM | C2ST |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        # one that shared the card with others has no time of its own
+        run = f"{row['seconds']:.0f} s, {row['img_per_s']:,.0f} img/s" if row["seconds"] else ""
+        told = f"{row['c2st']:.1%} ({row['c2st_low']:.1%} to {row['c2st_high']:.1%})"
+        lines.append(
+            f"| {row['variant']} | {run} | {row['swd_mean']:.1f} | {row['ms_ssim']:.3f} | {told} |"
+        )
+    return lines
 
 
 def whole(results: Path) -> str:
@@ -160,8 +192,7 @@ def data_path(results: Path) -> str:
             name: other["rows"]
             for name in ("feeds", "data_memory", "first_batch")
             for of, other in records(results, name)
-            if of.parent == path.parent
-            and all(other["environment"][key] == machine[key] for key in SAME)
+            if of.parent == path.parent and same(other, record)
         }
         lines += ["", *_feeds(beside.get("feeds", [])), *_beside(beside)]
         lines.append(f"{origin(record)}")
