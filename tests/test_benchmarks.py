@@ -268,6 +268,17 @@ def train_record():
     return {**record(), "rows": [{**row, "img_per_s": 126_000.0}]}
 
 
+def training_record():
+    told = {"c2st": 0.98, "c2st_low": 0.97, "c2st_high": 0.99}
+    rows = [
+        {"test": "t", "variant": "fastgan, seed 1", "seconds": 34.2, "img_per_s": 109_000.0,
+         "swd_mean": 12.0, "ms_ssim": 0.27, "in_short": True, **told},
+        {"test": "t", "variant": "reference", "seconds": None, "img_per_s": None,
+         "swd_mean": 28.0, "ms_ssim": 0.32, "in_short": True, **told},
+    ]  # fmt: skip
+    return {**record(), "rows": rows}
+
+
 def data_records():
     variant = {
         "test": "d",
@@ -344,7 +355,7 @@ def test_tables_and_plots_say_what_the_records_say(tmp_path):
         path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     for name, content in (
         ("kernels", record()), ("step", step_record()), ("train", train_record()),
-        ("growth", growth_record()),
+        ("growth", growth_record()), ("training", training_record()),
     ):  # fmt: skip
         harness.write_record(card / f"{name}.json", content)
     assert report(tmp_path, "--check") == 1
@@ -356,10 +367,12 @@ def test_tables_and_plots_say_what_the_records_say(tmp_path):
     readme = tmp_path / "README.md"
     text = readme.read_text()
     for line in (
-        "| `fastgan train --amp` | 126,000 | | | |",
-        "| fastgan, the step alone | 128,000 | 6.00 | 2.00 | 42% |",
-        "| PyTorch, bf16, graph (the strongest) | 64,000 | 3.00 | 1.00 | 21% |",
-        "| reference, fp32 (TF32) | 21,333 | 1.00 | 0.33 | 7% |",
+        "| `fastgan train --amp` | 126,000 | 24 s | | | |",
+        "| fastgan, the step alone | 128,000 | 23 s | 6.00 | 2.00 | 42% |",
+        "| PyTorch, bf16, graph (the strongest) | 64,000 | 47 s | 3.00 | 1.00 | 21% |",
+        "| reference, fp32 (TF32) | 21,333 | 2 min 21 s | 1.00 | 0.33 | 7% |",
+        "| fastgan, seed 1 | 34 s, 109,000 img/s | 12.0 | 0.270 | 98.0% (97.0% to 99.0%) |",
+        "| reference |  | 28.0 | 0.320 | 98.0% (97.0% to 99.0%) |",
     ):
         assert line in text, text
     assert (card / "step.png").is_file() and (card / "growth.png").is_file()

@@ -5,12 +5,12 @@
 #   tools/campaign.sh OUT [FOLDER OF IMAGES]
 #
 #   SECONDS_IN_ALL=540  what all together may take: a section gets its share, and what is left over
-#   ONLY="convs more"   these sections alone, each with all of the time that is left. Only when they
+#   ONLY="data more"    these sections alone, each with all of the time that is left. Only when they
 #                       are named: "data" (decoding, caches, feeds; FASTGAN_FACES is passed on),
 #                       "tiles" (other tiles for the convolutions), "more" (steps of other sizes
-#                       and batches),
-#                       "compiled" (tests that compile), "native" (the kernels' tests on the GPU),
-#                       "slow", "autotuned" and "sweep"
+#                       and batches), "compiled" (tests that compile), "native" (the kernels' tests
+#                       on the GPU), "reference" (the eager reference, 3,000 kimg: four minutes on an
+#                       H200), "slow", "autotuned" and "sweep"
 #
 # In one call it takes at most nine minutes. It runs from the tree, installed or not, on a machine
 # without a GPU in small, goes on after a section that fails, and exits 1 then. OUT gets a log a
@@ -19,8 +19,8 @@
 # says so. FASTGAN_COMMIT names the commit of a copy without git. The records go to
 # benchmarks/results by hand.
 set -ufo pipefail
-sections="info step run train profile graph tests growth kernels"
-named="data convs tiles more compiled native slow autotuned sweep"
+sections="info step run train profile convs graph tests growth kernels"
+named="data tiles more compiled native reference slow autotuned sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -50,6 +50,8 @@ gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 # what one section compiles the next one finds; PyTorch cannot compile in a path with a space
 [[ $FASTGAN_CACHE == *" "* ]] || export TORCHINDUCTOR_CACHE_DIR=$FASTGAN_CACHE/compiled
 pytest=("$python" -m pytest -p no:cacheprovider -q)
+# compiling is what its tests wait for: several processes, where pytest-xdist is there
+[ "$gpu" = 0 ] || ! "$python" -c 'import xdist' 2>/dev/null || pytest+=(-n 6)
 bench=("$python" -m pytest benchmarks --benchmark-only -p no:cacheprovider --timeout 0
   --records "$out/results" -k)
 
@@ -107,28 +109,30 @@ ended_well() { # SIGTERM ends the run with a checkpoint and a grid
 
 rm -rf "$out/runs" "$out/summary.txt"
 spent_shares=0
-small=() first=b128 compiled="and compile" kernels="kernels and (bf16 or adam)"
+small=() reference_kimg=3000 first=b128 compiled="and compile" kernels="kernels and (bf16 or adam)"
 # sixty seconds at the speed that is aimed at, and longer below it
 length=(--data "${data:-faces:20000}" --kimg 8000 --batch 128)
 if [ "$gpu" != 1 ]; then
-  small=(--size 32 --width 8 --batch 8) first=b8 compiled= kernels=kernels
+  small=(--size 32 --width 8 --batch 8) reference_kimg=0.5 first=b8 compiled= kernels=kernels
   length=(--data "${data:-faces:64}" --kimg 0.5 "${small[@]}")
 fi
 section info 2 "$python" -m fastgan info
-section step 42 "${bench[@]}" "test_step and $first"
+section step 38 "${bench[@]}" "test_step and $first"
 section run 12 "$python" -m fastgan train --amp --compile --out "$out/runs" "${length[@]}"
 section train 9 "${bench[@]}" "test_train and $first $compiled"
-section profile 4 "$python" tools/profile_step.py "$out/profile.json" "${small[@]}"
-section graph 4 "${pytest[@]}" -k "not compile" tests/test_graph.py
-section tests 9 "${pytest[@]}" -k "not compile" -m "gpu and not slow" tests
-section growth 8 "${bench[@]}" growth
+section profile 5 "$python" tools/profile_step.py "$out/profile.json" "${small[@]}"
+section convs 8 "${bench[@]}" "convs and not 1024"
+section graph 3 "${pytest[@]}" -k "not compile" tests/test_graph.py
+section tests 8 "${pytest[@]}" -k "not compile" -m "gpu and not slow" tests
+section growth 6 "${bench[@]}" growth
 section kernels 6 "${bench[@]}" "$kernels"
 section data 0 "${bench[@]}" "data or feeds or saving"
-section convs 0 "${bench[@]}" convs
 section tiles 0 "${bench[@]}" tiles
 section more 0 "${bench[@]}" "test_step and not $first"
 section compiled 0 "${pytest[@]}" -k compile -m "not slow" tests/test_graph.py tests/test_step.py
 section native 0 "${pytest[@]}" tests/kernels tests/test_step.py
+section reference 0 "$python" benchmarks/train_reference.py "${data:-faces:2000}" "$out/reference" \
+  --kimg "$reference_kimg" "${small[@]}"
 section slow 0 "${pytest[@]}" -m slow tests
 section autotuned 0 "${bench[@]}" autotuned
 section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"

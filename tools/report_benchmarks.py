@@ -30,7 +30,13 @@ LENGTH_KIMG = 3000  # of a run whose time stands beside the rates
 Record = dict[str, Any]
 # What must be the same for figures of two records to stand in one table.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "commit", "clean")
-HIDDEN = ("test", "low_ms", "high_ms", "tried_ms")  # columns that the records alone have
+HIDDEN = (
+    "test",
+    "low_ms",
+    "high_ms",
+    "tried_ms",
+    "in_short",
+)  # columns that the records alone have
 
 
 class Damaged(Exception):
@@ -148,12 +154,16 @@ def length(row: dict[str, Any]) -> str:
 
 
 def trained(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole runs and what their pictures are worth, beside the real ones."""
+    """Whole runs and what their pictures are worth, beside the real ones: those rows that belong
+    into the short table.
+    """
     lines = [
+        "Sliced Wasserstein distance (x 1000, less is nearer), likeness of pairs within a set, and "
+        "how often a small network tells the pictures from real ones:\n",
         "| pictures | run | SWD | MS-SSIM | C2ST |",
         "|---|---|---:|---:|---:|",
     ]
-    for row in rows:
+    for row in (row for row in rows if row["in_short"]):
         # one that shared the card with others has no time of its own
         run = f"{row['seconds']:.0f} s, {row['img_per_s']:,.0f} img/s" if row["seconds"] else ""
         told = f"{row['c2st']:.1%} ({row['c2st_low']:.1%} to {row['c2st_high']:.1%})"
