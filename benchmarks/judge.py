@@ -1,25 +1,34 @@
-"""How good the pictures of trained generators are, beside the real ones: fastgan's and the
-reference's after as many images, on a CPU.
+"""How good the pictures of trained generators are, beside the real ones, on a CPU.
 
-    python benchmarks/judge.py DATA OUT.json NAME=WEIGHTS.safetensors ... [--picture OUT.jpg]
-                               [--size 64] [--seed 0] [--threads 2]
+    python benchmarks/judge.py DATA OUT.json NAME=WEIGHTS.safetensors[,RUN] ...
+                               [--machine RECORD.json] [--picture OUT.jpg] [--size 64] [--seed 0]
+                               [--threads 2]
 
 WEIGHTS are a generator's state_dict, of `fastgan.models.Generator` or of the reference
-(`train_reference.py`), told apart by its names. The real images are cut in two by the seed: every
-row compares one half with as many images, so that "real, the other half" is the floor that belongs
-beside the others; an untrained generator and noise stand at the other end.
+(`train_reference.py`), told apart by its names. RUN is the folder of the run that they are of,
+where it had the card to itself: its seconds and its rate between grids go into the row. RECORD is
+one of the machine that trained them, which OUT becomes a record of.
 
-SWD is `fastgan.metrics.swd` (x 1e3, lower is nearer), MS-SSIM the likeness of pairs within a set
-(higher is less diverse; to be near the real one), C2ST the accuracy of a small network that tells
-real from generated with its 95% interval (50% is what cannot be told apart).
+The real images are cut in two by the seed: every row compares one half with as many images, so that
+"real, the other half" is the floor that belongs beside the others; an untrained generator and noise
+stand at the other end. The generators were trained on both halves: one that gave its training
+images back would reach the floor.
+
+SWD is `fastgan.metrics.swd` (x 1e3, lower is nearer; more than at the 16,384 images of published
+figures), MS-SSIM the likeness of pairs within a set (higher is less diverse; to be near the real
+one), C2ST the accuracy of a small network that tells real from generated with its 95% interval (50%
+is what cannot be told apart).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +54,12 @@ ROW = 12  # pictures of each generator that are shown
 
 
 def generator_of(path: Path, size: int) -> Generator:
+    return as_ours(load_file(path), size).to(memory_format=torch.channels_last).eval()
+
+
+def as_ours(saved: dict[str, torch.Tensor], size: int) -> Generator:
     """The generator that these weights are of, whichever of the two wrote them."""
-    saved = {k: t.float() if t.is_floating_point() else t for k, t in load_file(path).items()}
+    saved = {k: t.float() if t.is_floating_point() else t for k, t in saved.items()}
     first = next(t for k, t in saved.items() if t.dim() == 4 and k.startswith(("blocks.0.", "0.")))
     last = next(t for t in saved.values() if t.dim() == 4 and t.shape[1] == 3)
     generator = Generator(size, first.shape[0], last.shape[0])
@@ -55,7 +68,7 @@ def generator_of(path: Path, size: int) -> Generator:
         ours = list(generator.state_dict())
         saved = dict(zip(ours, in_our_order(by_place, ours), strict=True))
     generator.load_state_dict(saved)
-    return generator.to(memory_format=torch.channels_last).eval()
+    return generator
 
 
 def in_our_order(by_place: list[tuple[str, torch.Tensor]], ours: list[str]) -> list[torch.Tensor]:
@@ -79,14 +92,22 @@ def sampled(generator: Generator, count: int, seed: int) -> np.ndarray:
     return np.concatenate([piece.numpy() for piece in pieces])
 
 
-def judged(name: str, images: np.ndarray, real: np.ndarray, swd: RealSet, seed: int) -> dict:
+def sampled_from(path: Path, size: int, count: int, seed: int) -> np.ndarray:
+    return sampled(generator_of(path, size), count, seed)
+
+
+def judged(
+    name: str, images: np.ndarray, real: np.ndarray, swd: RealSet, seed: int
+) -> dict[str, Any]:
+    """The row of a set."""
     began = time.perf_counter()
     distance = swd.swd(images)
     told = c2st(real, images, seed=seed)
     row = {
-        "set": name,
-        "count": len(images),
-        "swd": {str(k): v for k, v in distance.levels.items()},
+        "test": "training",
+        "variant": name,
+        "images": len(images),
+        **{f"swd_{size}": value for size, value in distance.levels.items()},
         "swd_mean": distance.mean,
         "ms_ssim": diversity(images, seed=seed),
         "c2st": told.accuracy,
@@ -102,11 +123,22 @@ def judged(name: str, images: np.ndarray, real: np.ndarray, swd: RealSet, seed: 
     return row
 
 
+def timed(run: Path) -> dict[str, Any]:
+    """Of a run that had the card to itself: how far it went, how long that took with its grids and
+    checkpoints, and its rate between them.
+    """
+    ticks = [json.loads(line) for line in (run / "stats.jsonl").read_text("utf-8").splitlines()]
+    rate = statistics.median(tick["img_per_s"] for tick in ticks[len(ticks) // 4 :])
+    seconds = ticks[-1]["elapsed_s"]
+    return {"kimg": ticks[-1]["kimg"], "seconds": seconds, "img_per_s": rate}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data")
     parser.add_argument("out", type=Path)
-    parser.add_argument("weights", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("weights", nargs="+", metavar="NAME=WEIGHTS[,RUN]")
+    parser.add_argument("--machine", type=Path, metavar="RECORD")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -118,27 +150,36 @@ def main() -> int:
     order = np.random.default_rng(args.seed).permutation(len(every))
     half = len(every) // 2
     real, other = every[np.sort(order[:half])], every[np.sort(order[half : 2 * half])]
-    sets: dict[str, Any] = {
+    sets: dict[str, Callable[[], np.ndarray]] = {
         "real, the other half": lambda: other,
         "untrained generator": lambda: sampled(untrained(args.size), half, args.seed),
         "noise": lambda: np.random.default_rng(args.seed).integers(
             0, 256, real.shape, dtype=np.uint8
         ),
     }
+    runs: dict[str, Path] = {}
     for given in args.weights:
-        name, _, path = given.rpartition("=")
-        sets[name] = lambda path=path: sampled(generator_of(Path(path), args.size), half, args.seed)
+        name, _, paths = given.rpartition("=")
+        path, _, run = paths.partition(",")
+        if run:
+            runs[name] = Path(run)
+        sets[name] = partial(sampled_from, Path(path), args.size, half, args.seed)
+    machine = json.loads(args.machine.read_text("utf-8")) if args.machine else {}
+    kept = {key: machine[key] for key in ("environment", "copy_gbps", "matmul_tflops") if machine}
     swd = RealSet(real, seed=args.seed)
-    rows, shown = [], []
+    rows: list[dict[str, Any]] = []
+    shown = []
     for name, make in sets.items():
         images = make()
-        rows.append(judged(name, images, real, swd, args.seed))
-        if name in [given.rpartition("=")[0] for given in args.weights]:
+        run = timed(runs[name]) if name in runs else {"seconds": None, "img_per_s": None}
+        rows.append(judged(name, images, real, swd, args.seed) | run)
+        if isinstance(make, partial):
             shown.append(images[:ROW])
         content = {
             "date": time.strftime("%Y-%m-%d"),
             "environment": environment(torch.device("cpu")),
-            "real": {"count": len(every), "size": args.size, "compared": half},
+            **kept,
+            "judged_on": environment(torch.device("cpu")),
             "rows": rows,
         }
         with beside(args.out) as scratch:

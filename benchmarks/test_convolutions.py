@@ -176,7 +176,7 @@ class Halving:
         n = self.cl if self.kind == "dgrad" and not image else self.cs
         m = self.cl if wgrad and not image else 0
         k = {"fwd": 16 * self.cl if image else self.cl, "dgrad": self.cs, "wgrad": 0}[self.kind]
-        cut = [fitted(block if GPU else INTERPRETED_ONE, m, n, k) for block in blocks]
+        cut = [(block if GPU else INTERPRETED_ONE).fitted(m, n, k) for block in blocks]
         return {f"best tile, {block}": self.tile(block) for block in dict.fromkeys(cut)}
 
     def tile(self, block: Block) -> Variant:
@@ -355,15 +355,6 @@ class Comparison:
         found = self.times(self.timed)
         nothing = dict.fromkeys(("ms", "low_ms", "high_ms"))
         return [row | (asdict(found[n]) if n in found else nothing) for n, row in self.rows.items()]
-
-
-def fitted(block: Block, m: int, n: int, k: int) -> Block:
-    """`block` with sizes that divide these channels (0: pixels)."""
-    sizes = [
-        min(size, channels & -channels) if channels else size
-        for size, channels in ((block.m, m), (block.n, n), (block.k, k))
-    ]
-    return replace(block, m=sizes[0], n=sizes[1], k=sizes[2])
 
 
 def cases() -> list[Any]:

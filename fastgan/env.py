@@ -101,19 +101,21 @@ def version_of(package: str) -> str | None:
 def commit() -> tuple[str | None, bool]:
     """The git commit of the source tree that runs, and whether it was clean.
 
-    A copy of a clean tree is told its commit by FASTGAN_COMMIT, also where it lies in a checkout
-    of another one. (None, False) where nothing says it.
+    A copy of a clean tree is told its commit by FASTGAN_COMMIT, also where it was laid over a
+    checkout of another one (`environment` says so). (None, False) where nothing says it.
     """
-    if given := os.environ.get("FASTGAN_COMMIT"):
-        return given, True
+    given = os.environ.get("FASTGAN_COMMIT") or None
     root = Path(__file__).resolve().parents[1]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
         if Path(top) != root:  # installed into somebody else's repository
-            return None, False
-        return _git(root, "rev-parse", "HEAD"), not _git(root, "status", "--porcelain")
+            return given, given is not None
+        head = _git(root, "rev-parse", "HEAD")
+        if given not in (None, head):
+            return given, True
+        return head, not _git(root, "status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
-        return None, False
+        return given, given is not None
 
 
 def _git(root: Path, *args: str) -> str:
@@ -149,6 +151,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "fastgan": __version__,
         "commit": sha,
         "clean": clean,
+        "commit_named": os.environ.get("FASTGAN_COMMIT") or None,  # by whom made the copy
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": cpu_name(),

@@ -59,7 +59,6 @@ def pick_modes(config: TrainConfig) -> Modes:
     device = pick_device(config.device)
     low, precision = pick_precision(config.amp, config.amp_dtype, device)
     impl, kernels = pick_kernels(config.kernels, device)
-    kernels += f"; convolutions: {convolutions(impl, low, device)}"
     compile, compiled = pick_compile(device) if config.compile else (False, "off (--compile)")
     graph, graphed = pick_graph(config.graph, device)
     lines = {"device": device_line(config.device, device), "kernels": kernels}
@@ -193,16 +192,6 @@ def pick_kernels(name: str, device: torch.device) -> tuple[str, str]:
         return "torch", f"PyTorch's own (fastgan's Triton kernels {why or 'are not for a CPU'})"
     how = " in its interpreter: for tests, a thousand times slower" if device.type == "cpu" else ""
     return "triton", f"fastgan's, by Triton {version_of('triton')}{how}"
-
-
-def convolutions(impl: str, low: torch.dtype | None, device: torch.device) -> str:
-    """Whose convolutions the networks have (`fastgan_kernels.conv4x4`, "auto")."""
-    if device.type == "cpu":
-        return "PyTorch's"
-    capable = torch.cuda.get_device_capability(device) == (9, 0)
-    if impl == "triton" and low is not None and capable:
-        return "fastgan's, where channels are a multiple of 32"
-    return "cuDNN's (fastgan's are for 16 bits on sm_90)"
 
 
 def _why_no_kernels(device: torch.device) -> str:

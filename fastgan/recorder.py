@@ -22,6 +22,7 @@ from .config import to_plain
 from .data.on_the_fly import OnTheFly
 from .env import environment, machine_line
 from .errors import RunError, first_line, is_out_of_memory
+from .models import convolutions
 from .runlog import Run
 from .samples import generate, grid, latents, save_picture
 from .saving import Saver
@@ -229,11 +230,14 @@ class Recorder:
         """What is on, and why not where not: printed once, at the start."""
         config, state = self.config, self.state
         sizes = [sum(p.numel() for p in side.network.parameters()) for side in (state.g, state.d)]
+        working = state.g.working
+        weight = working.last.weight
+        convs = convolutions(config.size, config.width, weight, working.conv_impl)
         lines = {
             "fastgan": f"{__version__}, torch {torch.__version__}, {machine_line(state.device)}",
             "data": str(self.data),
             "loader": state.loader,
-            "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last",
+            "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last; {convs}",
             **state.modes.lines,
             **({"processes": state.sharing} if state.ranks.world > 1 else {}),
             "length": (

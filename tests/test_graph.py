@@ -1,5 +1,7 @@
 """A captured step is the step: bit for bit, whatever is changed between two replays."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -116,6 +118,29 @@ class CountsOnTheHost(Step):
         super().draw_latents()
         self.calls += 1
         self.latents.mul_(1 + self.calls)
+
+
+def test_a_graph_keeps_what_it_computes_on():
+    """Its replays read and write that memory, whoever else has let it go."""
+
+    class Counts:
+        def __init__(self):
+            self.count = torch.zeros((), device=DEVICE)
+
+        def advance(self, batch):
+            self.count += 1
+            return self.count
+
+    counts = Counts()
+    gone, random = weakref.ref(counts), torch.Generator(DEVICE)
+    batch = Batch(
+        torch.zeros(4, 8, 8, 3, dtype=torch.uint8, device=DEVICE), torch.arange(2, device=DEVICE)
+    )
+    graphed = Graphed(counts.advance, batch, [counts.count], random)
+    del counts
+    gc.collect()
+    assert gone() is not None
+    assert float(graphed(batch)) > 0
 
 
 def test_a_number_that_the_host_keeps_is_seen(monkeypatch):

@@ -1,12 +1,33 @@
 """The DCGAN for every size: the tutorial's at 64 px, the same rule elsewhere."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from fastgan.config import SIZES
-from fastgan.models import Discriminator, Generator, init_weights
+from fastgan.models import Discriminator, Generator, convolutions, dcgan, init_weights
 from fastgan.reference import make_discriminator, make_generator
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "words"),
+    [
+        (64, 64, "fastgan's convolutions"),
+        (128, 32, "fastgan's convolutions"),
+        (64, 48, "fastgan's convolutions in 2 of 4 layers, cuDNN's elsewhere: channels must be a"),
+        (80, 64, "fastgan's convolutions in 1 of 4 layers, cuDNN's elsewhere: 64 and 128 pixels"),
+    ],
+)
+def test_it_is_said_whose_convolutions_run(size, width, words, monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert convolutions(size, width, weight, "torch") == "cuDNN's convolutions"
+    monkeypatch.setattr(dcgan, "conv4x4_runs", lambda dtype, device: False)
+    assert "fastgan's are for 16 bits on sm_90" in convolutions(size, width, weight, "auto")
+    monkeypatch.setattr(dcgan, "conv4x4_runs", lambda dtype, device: True)
+    assert convolutions(size, width, weight, "auto").startswith(words)
+    assert convolutions(size, width, Generator(32, 8, 4).last.weight, "auto").startswith("PyTorch")
 
 
 def parameters(network):

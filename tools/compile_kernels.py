@@ -43,9 +43,10 @@ ACTS = ("relu", "leaky_relu", "none")
 MAX_REGISTERS, MAX_SHARED_BYTES = 128, 48 << 10
 # Of the convolutions, which keep their tiles there: all that a thread and a program can have.
 CONVS = "conv4x4_"
-CONV_ARCH, CONV_REGISTERS, CONV_SHARED_BYTES = 90, 255, 227 << 10
+CONV_ARCH, CONV_REGISTERS, CONV_SHARED_BYTES, CONV_PROCESSORS = 90, 255, 227 << 10, 132
 # Edge and channels of the large map, channels of the small one, in a 64 px DCGAN.
 LAYERS = [(64, 3, 64), (32, 64, 128), (16, 128, 256), (8, 256, 512)]
+ODD_LAYERS = [(64, 3, 32), (32, 32, 64), (32, 96, 192), (16, 160, 320)]
 # The tensors of a 64 px discriminator, of an eighth of the width.
 SHAPES = [(8, 3, 4, 4), (16, 8, 4, 4), (16,), (16,), (32, 16, 4, 4), (32,), (32,)]
 SHAPES += [(64, 32, 4, 4), (64,), (64,), (1, 64, 4, 4)]
@@ -112,8 +113,8 @@ def cases(everything: bool) -> Iterator[tuple[str, Due, Callable[[], Any]]]:
             gathered = {"gather_u8": (1, dtype.itemsize)}  # 16 bytes become 16 values
             yield f"{name} flip={flip}", gathered, partial(gather_call, dtype, flip)
     for name in ("bf16", "fp16") if everything else ("bf16",):
-        for layer in LAYERS:
-            for batch in (128, 256) if everything else (256,):
+        for layer in [*LAYERS, *(ODD_LAYERS if everything else [])]:
+            for batch in (128, 256, 1024) if everything else (256,):
                 call = partial(conv_calls, batch, *layer, DTYPES[name])
                 yield f"{name} conv {layer} batch {batch}", {}, call
     kinds = ["fp32", "bf16", "fp16"] if everything else ["fp32", "bf16"]
@@ -158,6 +159,11 @@ def bn_act_calls(channels: int, size: int, dtype: torch.dtype, act: str) -> None
 
 
 def conv_calls(batch: int, edge: int, cl: int, cs: int, dtype: torch.dtype) -> None:
+    """In the tile that a card of so many processors is given."""
+    for name in ("conv4x4", "conv4x4_kernels"):
+        sys.modules[f"fastgan_kernels.{name}"].processors = (  # type: ignore[attr-defined]
+            lambda device: CONV_PROCESSORS
+        )
     large, small, weight = (
         torch.empty(shape, dtype=dtype).to(memory_format=torch.channels_last)
         for shape in ((batch, cl, edge, edge), (batch, cs, edge // 2, edge // 2), (cs, cl, 4, 4))

@@ -35,7 +35,6 @@ HIDDEN = (
     "low_ms",
     "high_ms",
     "tried_ms",
-    "in_short",
 )  # columns that the records alone have
 
 
@@ -130,7 +129,7 @@ def steps(results: Path) -> str:
             name += " (the strongest)" if row is strongest else ""
             against = (f"{row[k]:.2f}" if row[k] else "" for k in ("x_reference", "x_strongest"))
             lines.append(
-                f"| {name} | {row['img_per_s']:,.0f} | {length(row)} | {' | '.join(against)} | "
+                f"| {name} | {rate(row)} | {length(row)} | {' | '.join(against)} | "
                 f"{percent(row['share_of_roofline'])} |"
             )
         for _, runs in records(results, "training"):
@@ -147,6 +146,17 @@ def same(one: Record, other: Record) -> bool:
     return all(one["environment"][key] == other["environment"][key] for key in SAME)
 
 
+def rate(row: dict[str, Any]) -> str:
+    """Images a second, and between which they lay (tenth and ninetieth percentile) where these are
+    more than a twentieth apart.
+    """
+    text = f"{row['img_per_s']:,.0f}"
+    if "low_ms" not in row or row["high_ms"] - row["low_ms"] < 0.05 * row["ms"]:
+        return text
+    slow, fast = (row["img_per_s"] * row["ms"] / row[key] for key in ("high_ms", "low_ms"))
+    return f"{text} ({slow:,.0f} to {fast:,.0f})"
+
+
 def length(row: dict[str, Any]) -> str:
     """How long a run of LENGTH_KIMG takes at a row's rate."""
     minutes, seconds = divmod(round(LENGTH_KIMG * 1000 / row["img_per_s"]), 60)
@@ -154,18 +164,19 @@ def length(row: dict[str, Any]) -> str:
 
 
 def trained(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole runs and what their pictures are worth, beside the real ones: those rows that belong
-    into the short table.
-    """
+    """Whole runs and what their pictures are worth, beside the real ones."""
     lines = [
-        "Sliced Wasserstein distance (x 1000, less is nearer), likeness of pairs within a set, and "
-        "how often a small network tells the pictures from real ones:\n",
-        "| pictures | run | SWD | MS-SSIM | C2ST |",
+        f"Of {rows[0]['images']:,} pictures and as many real ones the sliced Wasserstein distance "
+        "(x 1000, less is nearer), how alike pairs of a set are, and how often a small network "
+        "tells them from real ones. Each generator is one run at one moment.\n",
+        "| pictures | whole run | SWD | MS-SSIM | C2ST |",
         "|---|---|---:|---:|---:|",
     ]
-    for row in (row for row in rows if row["in_short"]):
-        # one that shared the card with others has no time of its own
-        run = f"{row['seconds']:.0f} s, {row['img_per_s']:,.0f} img/s" if row["seconds"] else ""
+    for row in rows:
+        run = ""  # one that shared the card with others has no time of its own
+        if row["seconds"]:
+            whole_rate = 1000 * row["kimg"] / row["seconds"]
+            run = f"{row['seconds']:.0f} s: {whole_rate:,.0f} img/s"
         told = f"{row['c2st']:.1%} ({row['c2st_low']:.1%} to {row['c2st_high']:.1%})"
         lines.append(
             f"| {row['variant']} | {run} | {row['swd_mean']:.1f} | {row['ms_ssim']:.3f} | {told} |"

@@ -1,5 +1,5 @@
 """The architectures."""
 
-from .dcgan import Discriminator, Generator, init_weights
+from .dcgan import Discriminator, Generator, convolutions, init_weights
 
-__all__ = ["Discriminator", "Generator", "init_weights"]
+__all__ = ["Discriminator", "Generator", "convolutions", "init_weights"]

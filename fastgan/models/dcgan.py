@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan_kernels import BatchNormAct2d, conv4x4, conv_transpose4x4
+from fastgan_kernels import BatchNormAct2d, conv4x4, conv4x4_runs, conv_transpose4x4
+from fastgan_kernels.conv4x4_kernels import unfit
 
 from ..config import PixelRange, split_size
 
@@ -33,6 +34,27 @@ def convolutions_beside(impl: str) -> str:
     none where PyTorch's own operators are asked for.
     """
     return "torch" if impl == "torch" else "auto"
+
+
+def convolutions(size: int, width: int, weight: Tensor, conv_impl: str) -> str:
+    """Whose convolutions networks of this shape have, in words; `weight` is one of theirs."""
+    if not weight.is_cuda:
+        return "PyTorch's convolutions"
+    if conv_impl == "torch":
+        return "cuDNN's convolutions"
+    if not conv4x4_runs(weight.dtype, weight.device):
+        return "cuDNN's convolutions (fastgan's are for 16 bits on sm_90)"
+    base, doublings = split_size(size)
+    inner = [*channels(size, width), 3]
+    faults = [
+        unfit(inner[i + 1], inner[i], base << i, base << i)  # of the small map, which is first
+        for i in range(doublings)
+    ]
+    fit = faults.count("")
+    if fit == doublings:
+        return "fastgan's convolutions"
+    why = next(fault for fault in faults if fault)
+    return f"fastgan's convolutions in {fit} of {doublings} layers, cuDNN's elsewhere: {why}"
 
 
 class FirstBlock(nn.Module):

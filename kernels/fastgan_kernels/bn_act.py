@@ -30,6 +30,7 @@ from torch import Tensor
 from . import bn_act_kernels as fused
 from . import bn_act_plain as plain
 from ._launch import DTYPES, choose
+from ._once import once
 from .bn_act_plain import Reduce
 
 ACTS = ("relu", "leaky_relu", "none")
@@ -139,7 +140,7 @@ class _BnAct(torch.autograd.Function):
         return apply(x, mean, var, weight, bias, eps, act, negative_slope)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("bn_act")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, var, weight, bias, total = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)

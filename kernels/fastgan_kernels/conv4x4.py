@@ -22,13 +22,15 @@ from torch import Tensor
 
 from . import conv4x4_kernels as kernels
 from ._launch import DTYPES, choose, empty, processors
+from ._once import once
 from .conv4x4_kernels import IMAGE, Block
 
 HALVES = (torch.bfloat16, torch.float16)
 LARGEST = 1 << 31  # elements of a tensor: offsets are 32 bits
-UNIT = 32  # channels of an inner map are a multiple of it
-# Between inner maps: the tile where there are two for each multiprocessor or more, where there is
-# about one, and where that leaves some idle. Measured on an H200 (benchmarks/LOG.md).
+# Between inner maps: the tile where there is more than one for each multiprocessor, where there is
+# about one, and where that leaves half of them idle. Of five tiles the first two were the fastest
+# for each layer of a 64 px DCGAN at a batch of 256 on an H200
+# (benchmarks/results/nvidia-h200/early/convs-256.json); the third was compared with cuDNN alone.
 MANY, FEW, FEWER = (
     Block(128, 128, 64, 4, 3),
     Block(128, 128, 64, 8, 4),
@@ -59,8 +61,9 @@ def conv4x4(
 
     Args:
         impl: "triton", "torch" (`F.conv2d`, cuDNN on a GPU), "ref"; "auto" is "triton" where the
-            kernels were measured to be faster (bfloat16 and float16 on a GPU of sm_90 in the
-            shapes that they take), "torch" elsewhere. "triton" cannot be differentiated twice.
+            kernels can run and are for: bfloat16 and float16 on a GPU of sm_90 in the shapes that
+            they take (measured on an H200, the layers of a 64 px DCGAN of width 64); "torch"
+            elsewhere. "triton" cannot be differentiated twice.
 
     Raises:
         ValueError: shapes that do not fit each other; a slope that is not above 0; "triton" for
@@ -103,12 +106,17 @@ def _check(op: str, x: Tensor, weight: Tensor, side: int) -> None:
         )
 
 
+def conv4x4_runs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether "auto" takes the kernels there, for layers that fit (`conv4x4_kernels.unfit`)."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return capable and dtype in HALVES
+
+
 def _chosen(op: str, impl: str, x: Tensor, weight: Tensor, height: int, width: int) -> str:
     """`choose`, with "auto" for what was measured alone."""
     fault = _fault(x, weight, height, width)
     if impl == "auto":
-        halves = x.is_cuda and x.dtype in HALVES
-        fast = halves and not fault and torch.cuda.get_device_capability(x.device) == (9, 0)
+        fast = not fault and conv4x4_runs(x.dtype, x.device)
         return choose(op, "auto" if fast else "torch", x, fault)
     return choose(op, impl, x, fault)
 
@@ -116,6 +124,8 @@ def _chosen(op: str, impl: str, x: Tensor, weight: Tensor, height: int, width: i
 def _fault(x: Tensor, weight: Tensor, height: int, width: int) -> str:
     """What the kernels cannot take, or ""; height and width of the small map."""
     cs, cl = weight.shape[:2]
+    if not x.numel():
+        return ""
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         return f"x and weight must be both of one of {DTYPES}, got {x.dtype} and {weight.dtype}"
     if x.is_cuda and x.dtype not in HALVES:
@@ -124,30 +134,17 @@ def _fault(x: Tensor, weight: Tensor, height: int, width: int) -> str:
         return f"x and weight must be on one device, got {x.device} and {weight.device}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
         return "the card must be of sm_90 or newer (they use its tensor memory accelerator)"
-    if cs % UNIT or (cl % UNIT and cl > IMAGE):
-        return f"channels must be a multiple of {UNIT}, or an image's, got {cl} and {cs}"
     if x.shape[0] * height * width * max(4 * cl, cs) >= LARGEST:
         return f"maps must be of fewer than 2^31 elements, got {tuple(x.shape)}"
-    if cl > IMAGE and not all(kernels.box(m, height, width)[0] for m in (64, 128)):
-        return f"64 and 128 pixels must be whole rows of small maps, which are {height}x{width}"
-    return ""
-
-
-def _fitted(block: Block, m: int, n: int, k: int) -> Block:
-    """`block`, with sizes that divide these channels (0: pixels, which may be cut)."""
-    m, n, k = (
-        min(size, channels & -channels) if channels else size
-        for size, channels in ((block.m, m), (block.n, n), (block.k, k))
-    )
-    return Block(m, n, k, block.warps, block.stages, block.programs)
+    return kernels.unfit(cl, cs, height, width)
 
 
 def _tile(pixels: int, channels: int, k: int, device: torch.device) -> Block:
     """The tile of a product with so many pixels and channels."""
-    columns = channels // _fitted(MANY, 0, channels, k).n
+    columns = channels // MANY.fitted(0, channels, k).n
     tiles, most = -(-pixels // MANY.m) * columns, processors(device)
     block = MANY if tiles > most else FEWER if 2 * tiles <= most else FEW
-    return _fitted(block, 0, channels, k)
+    return block.fitted(0, channels, k)
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -166,7 +163,7 @@ def _fwd(large: Tensor, weight: Tensor, slope: float) -> Tensor:
     small = empty(batch, height // 2, width // 2, cs, dtype=large.dtype, device=large.device)
     given = (_nhwc(large), _nhwc(weight), small)
     if _image(cl):
-        kernels.fwd_image(*given, _fitted(FWD_IMAGE, 0, cs, 16 * cl), slope)
+        kernels.fwd_image(*given, FWD_IMAGE.fitted(0, cs, 16 * cl), slope)
     else:
         kernels.fwd(*given, _tile(small.numel() // cs, cs, cl, large.device))
     return small.permute(0, 3, 1, 2)
@@ -179,7 +176,7 @@ def _dgrad(small: Tensor, weight: Tensor) -> Tensor:
     large = empty(batch, 2 * height, 2 * width, cl, dtype=small.dtype, device=small.device)
     given = (_nhwc(small), _nhwc(weight), large)
     if _image(cl):
-        kernels.dgrad_image(*given, _fitted(DGRAD_IMAGE, 0, 0, cs))
+        kernels.dgrad_image(*given, DGRAD_IMAGE.fitted(0, 0, cs))
     else:
         kernels.dgrad(*given, _tile(4 * batch * height * width, cl, cs, small.device))
     return large.permute(0, 3, 1, 2)
@@ -192,10 +189,10 @@ def _wgrad(large: Tensor, small: Tensor, y: Tensor | None, slope: float) -> Tens
     given = (_nhwc(large), _nhwc(small), weight)
     if _image(cl):
         of_y = None if y is None else _nhwc(y)
-        kernels.wgrad_image(*given, _fitted(WGRAD_IMAGE, 0, cs, 0), of_y, slope)
+        kernels.wgrad_image(*given, WGRAD_IMAGE.fitted(0, cs, 0), of_y, slope)
     else:
         block = WGRAD if cl % WGRAD.m == 0 else WGRAD_NARROW
-        kernels.wgrad(*given, _fitted(block, cl, cs, 0))
+        kernels.wgrad(*given, block.fitted(cl, cs, 0))
     return weight.permute(0, 3, 1, 2)
 
 
@@ -230,7 +227,7 @@ class _Conv4x4(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("conv4x4")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)

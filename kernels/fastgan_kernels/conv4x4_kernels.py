@@ -27,7 +27,7 @@ card. Offsets are 32 bits: tensors of fewer than 2^31 elements.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ WIDE = tl.constexpr(INTERPRETED) if triton is not None else False
 STEPS_A_SPLIT = 4  # at least, of wgrad's sum over pixels
 SUMMED = 2048  # values that a program adds up at a time, of a few splits
 IMAGE = 4  # channels of a large map that is an image, at most
+UNIT = 32  # channels of an inner map are a multiple of it
+PIXELS = 64, 128  # of a tile between inner maps
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Block:
     def __str__(self) -> str:
         twice = f" x{self.programs}" if self.programs > 1 else ""
         return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{twice}"
+
+    def fitted(self, m: int, n: int, k: int) -> Block:
+        """With sizes that divide so many channels (0: of pixels, which may be cut)."""
+        sizes = [
+            min(size, channels & -channels) if channels else size
+            for size, channels in ((self.m, m), (self.n, n), (self.k, k))
+        ]
+        return replace(self, m=sizes[0], n=sizes[1], k=sizes[2])
 
     def options(self, *names: str) -> dict[str, int]:
         """The launch's options, with the sizes that the kernel takes as they are."""
@@ -392,6 +402,15 @@ def box(pixels: int, height: int, width: int) -> tuple[int, int]:
     return (images, rows) if fits else (0, 0)
 
 
+def unfit(cl: int, cs: int, height: int, width: int) -> str:
+    """What keeps a layer from the kernels, by its channels and its small map's size; or ""."""
+    if cs % UNIT or (cl % UNIT and cl > IMAGE):
+        return f"channels must be a multiple of {UNIT}, or an image's, got {cl} and {cs}"
+    if cl > IMAGE and not all(box(pixels, height, width)[0] for pixels in PIXELS):
+        return f"64 and 128 pixels must be whole rows of small maps, which are {height}x{width}"
+    return ""
+
+
 def _partial(weight: Tensor, splits: int) -> Tensor:
     """Where wgrad's programs write: the gradient itself, or float32 of each split."""
     return weight if splits == 1 else empty(splits, weight.numel(), device=weight.device)
@@ -409,9 +428,12 @@ def _sum(partial: Tensor, weight: Tensor, splits: int) -> None:
 
 
 def _described(x: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
-    """A descriptor of contiguous memory, seen in another shape."""
+    """A descriptor of contiguous memory, seen in another shape; of a copy where it does not begin
+    at a multiple of 16 bytes, as a slice of something may not.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    x = x.clone() if x.data_ptr() % 16 else x
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return TensorDescriptor(x, list(shape), strides, list(block))
 

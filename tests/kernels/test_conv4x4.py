@@ -1,11 +1,13 @@
 """The DCGAN's convolutions against PyTorch's in float64."""
 
+import itertools
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+from fastgan.config import split_size
 from fastgan_kernels import _launch, conv4x4, conv_transpose4x4
 from fastgan_kernels import conv4x4_kernels as kernels
 from fastgan_kernels.conv4x4_kernels import Block
@@ -33,6 +35,7 @@ FLOAT32 = 2**-20 if _launch.INTERPRETED else 2**-16
 INNER = {32: (9, 8, 8, 16, 32), 16: (3, 16, 8, 16, 32)}
 IMAGES = [(3, 8, 4, 3, 32), (3, 4, 8, 4, 32), (1, 10, 6, 3, 32)]
 WHOLE = [(3, 16, 16, 32, 64), (5, 16, 16, 3, 32)]  # what the operators take
+MULTIPROCESSORS = 132  # of an H200
 
 
 def maps(shape, dtype, device):
@@ -168,6 +171,98 @@ def test_only_what_is_asked_for_is_computed(device, monkeypatch):
     assert weight.grad.isfinite().all()
 
 
+@needs_triton
+@needs_tma
+def test_the_gradient_of_the_input_alone(device):
+    large, small, weight = maps(WHOLE[0], torch.float16, device)
+    (dx,) = torch.autograd.grad(
+        conv4x4(large.requires_grad_(), weight, impl="triton"), large, small
+    )
+    assert_close(dx, exact("dgrad", large.detach(), small, weight))
+
+
+@needs_triton
+@needs_tma
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value, device):
+    large, _, weight = maps(WHOLE[1], torch.float16, device)
+    large[1, 0, 5, 5] = value
+    y = conv4x4(large, weight, negative_slope=0.2, impl="triton")
+    expected = conv4x4(large.float(), weight.float(), negative_slope=0.2, impl="ref")
+    assert torch.equal(y.isfinite(), expected.isfinite()) and not y.isfinite().all()
+
+
+@needs_triton
+@needs_tma
+def test_a_second_derivative_is_refused_where_it_would_be_lost(device):
+    large, _, weight = maps(WHOLE[0], torch.float16, device)
+    y = conv4x4(large.requires_grad_(), weight.requires_grad_(), impl="triton")
+    with pytest.raises(RuntimeError, match="conv4x4: .* cannot be differentiated twice"):
+        torch.autograd.grad(y.float().square().sum(), large, create_graph=True)
+
+
+@needs_triton
+@needs_tma
+def test_memory_that_begins_anywhere(device):
+    large, small, weight = tensors = maps(WHOLE[0], torch.float16, device)
+    odd = []
+    for t in tensors:
+        memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:]
+        batch, channels, height, width = t.shape
+        odd.append(memory.view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(t))
+    ops = torch.ops.fastgan_kernels
+    assert torch.equal(ops.conv4x4_fwd(odd[0], odd[2], 1.0), ops.conv4x4_fwd(large, weight, 1.0))
+    assert torch.equal(ops.conv4x4_dgrad(odd[1], odd[2]), ops.conv4x4_dgrad(small, weight))
+
+
+def test_nothing_of_nothing():
+    weight = torch.zeros(32, 32, 4, 4)
+    assert conv4x4(torch.zeros(0, 32, 8, 8), weight).shape == (0, 32, 4, 4)
+    for function in (conv4x4, conv_transpose4x4):
+        with pytest.raises(RuntimeError):  # PyTorch's own word, on a map without pixels
+            function(torch.zeros(2, 32, 0, 8), weight, impl="torch")
+
+
+@pytest.mark.parametrize("width", [32, 48, 64, 96, 128])
+@pytest.mark.parametrize("size", [32, 40, 48, 64, 96, 128, 224, 256])
+def test_every_tile_that_is_chosen_fits(size, width, monkeypatch):
+    """For whatever network can be built and batches of any size, on a card of 132 processors:
+    tiles divide the channels, boxes hold what TMA takes, and a multiprocessor has the memory.
+    """
+    monkeypatch.setattr(op, "processors", lambda device: MULTIPROCESSORS)
+    base, doublings = split_size(size)
+    inner = [min(width << i, 16 * width) for i in range(doublings)]
+    edges = [base << i for i in reversed(range(doublings))]  # of the small maps
+    layers = list(zip(edges, [3, *inner], inner, strict=False))
+    assert len(layers) == doublings
+    device = torch.device("cpu")
+    for (edge, cl, cs), batch in itertools.product(layers, (1, 3, 37, 128, 256, 4096)):
+        if kernels.unfit(cl, cs, edge, edge):
+            assert cl % 32 and cl > 3 or cs % 32 or 64 % edge
+            continue
+        pixels = batch * edge * edge
+        if cl <= kernels.IMAGE:
+            n = op.FWD_IMAGE.fitted(0, cs, 16 * cl)
+            assert cs % n.n == 0 and 16 * cl % n.k == 0 and min(n.n, n.k) >= 16
+            assert cs % op.DGRAD_IMAGE.fitted(0, 0, cs).k == 0
+            assert cs % op.WGRAD_IMAGE.fitted(0, cs, 0).n == 0 and op.WGRAD_IMAGE.m >= 16 * cl
+            continue
+        wgrad = (op.WGRAD if cl % op.WGRAD.m == 0 else op.WGRAD_NARROW).fitted(cl, cs, 0)
+        tiles = {
+            "fwd": (op._tile(pixels, cs, cl, device), cs, cl, "m"),
+            "dgrad": (op._tile(4 * pixels, cl, cs, device), cl, cs, "m"),
+        }
+        for block, columns, depth, _ in tiles.values():
+            assert columns % block.n == 0 and depth % block.k == 0
+        assert cl % wgrad.m == 0 and cs % wgrad.n == 0
+        blocks = [block for block, *_ in tiles.values()]
+        for block, along in [*((block, block.m) for block in blocks), (wgrad, wgrad.k)]:
+            images, rows = kernels.box(along, edge, edge)
+            assert images * rows * edge == along and max(images, rows, edge, block.n) <= 256
+            bytes_of_tiles = 2 * (block.m * block.k + block.n * block.k) * block.stages
+            assert bytes_of_tiles <= 227 << 10
+
+
 @pytest.mark.parametrize("function", [conv4x4, conv_transpose4x4])
 def test_torch_and_ref_are_pytorchs(function):
     conv = nn.Conv2d(3, 5, 4, 2, 1, bias=False)
@@ -224,9 +319,11 @@ def test_the_same_bits_on_two_runs(shape, device):
 @pytest.mark.gpu
 @needs_tma
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("batch", [128, 256, 37])
+@pytest.mark.parametrize("batch", [128, 256, 37, 1])
 @pytest.mark.parametrize(
-    "layer", [(64, 3, 64), (32, 64, 128), (16, 128, 256), (8, 256, 512)], ids=str
+    "layer",
+    [(64, 3, 64), (32, 64, 128), (16, 128, 256), (8, 256, 512), (32, 32, 96), (16, 96, 160)],
+    ids=str,
 )
 def test_the_layers_of_a_dcgan(layer, batch, dtype, device):
     """In the tiles that the operators choose."""
@@ -270,3 +367,4 @@ def test_what_the_kernels_cannot_take_is_named(shape, dtype, message, device):
     with pytest.raises(ValueError, match=message):
         conv_transpose4x4(small, weight, impl="triton")
     assert conv4x4(large, weight).shape == small.shape  # auto takes PyTorch's
+    assert op._chosen("conv4x4", "auto", large, weight, *small.shape[2:]) == "torch"
