@@ -4,8 +4,8 @@
                                [--machine RECORD.json] [--picture OUT.jpg] [--size 64] [--seed 0]
                                [--threads 2]
 
-WEIGHTS are a generator's state_dict, of `fastgan.models.Generator` or of the reference
-(`train_reference.py`), told apart by its names. RUN is the folder of the run that they are of,
+WEIGHTS are whatever `fastgan evaluate` takes for a generator's, the reference's, too
+(`train_reference.py`). RUN is the folder of the run that they are of,
 where it had the card to itself: its seconds and its rate between grids go into the row. RECORD is
 one of the machine that trained them, which OUT becomes a record of.
 
@@ -38,7 +38,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from fastgan.config import config_from  # noqa: E402
 from fastgan.data.prepare import prepare  # noqa: E402
@@ -46,45 +45,12 @@ from fastgan.durable import beside  # noqa: E402
 from fastgan.env import environment  # noqa: E402
 from fastgan.metrics.c2st import c2st  # noqa: E402
 from fastgan.metrics.ms_ssim import diversity  # noqa: E402
+from fastgan.metrics.sources import Trained, open_source  # noqa: E402
 from fastgan.metrics.swd import RealSet  # noqa: E402
 from fastgan.models import Generator, init_weights  # noqa: E402
 from fastgan.samples import generate, latents, save_picture  # noqa: E402
 
 ROW = 12  # pictures of each generator that are shown
-
-
-def generator_of(path: Path, size: int) -> Generator:
-    return as_ours(load_file(path), size).to(memory_format=torch.channels_last).eval()
-
-
-def as_ours(saved: dict[str, torch.Tensor], size: int) -> Generator:
-    """The generator that these weights are of, whichever of the two wrote them."""
-    saved = {k: t.float() if t.is_floating_point() else t for k, t in saved.items()}
-    first = next(t for k, t in saved.items() if t.dim() == 4 and k.startswith(("blocks.0.", "0.")))
-    last = next(t for t in saved.values() if t.dim() == 4 and t.shape[1] == 3)
-    generator = Generator(size, first.shape[0], last.shape[0])
-    if "0.weight" in saved:  # the reference's Sequential: the same layers in the same order
-        by_place = sorted(saved.items(), key=lambda item: int(item[0].split(".")[0]))
-        ours = list(generator.state_dict())
-        saved = dict(zip(ours, in_our_order(by_place, ours), strict=True))
-    generator.load_state_dict(saved)
-    return generator
-
-
-def in_our_order(by_place: list[tuple[str, torch.Tensor]], ours: list[str]) -> list[torch.Tensor]:
-    """Of each layer the tensors under the names that ours has."""
-    layers: dict[int, dict[str, torch.Tensor]] = {}
-    for name, t in by_place:
-        place, _, leaf = name.partition(".")
-        layers.setdefault(int(place), {})[leaf] = t
-    queue = iter(layers.values())
-    found, layer, owner = [], {}, None
-    for name in ours:
-        module, _, leaf = name.rpartition(".")
-        if module != owner:
-            owner, layer = module, next(queue)
-        found.append(layer[leaf])
-    return found
 
 
 def sampled(generator: Generator, count: int, seed: int) -> np.ndarray:
@@ -93,7 +59,9 @@ def sampled(generator: Generator, count: int, seed: int) -> np.ndarray:
 
 
 def sampled_from(path: Path, size: int, count: int, seed: int) -> np.ndarray:
-    return sampled(generator_of(path, size), count, seed)
+    source = open_source(str(path), "WEIGHTS", True, torch.device("cpu"))
+    assert isinstance(source, Trained) and source.generator.size == size, path
+    return sampled(source.generator, count, seed)
 
 
 def judged(

@@ -21,9 +21,11 @@ import tyro
 from . import __version__
 from .config import (
     DEFAULT_RECIPE,
+    EvaluateCommand,
     FacesCommand,
     InfoCommand,
     PrepareCommand,
+    ReportCommand,
     SampleCommand,
     TrainCommand,
     TrainConfig,
@@ -40,6 +42,8 @@ VERBS: dict[str, type] = {
     "train": TrainCommand,
     "prepare": PrepareCommand,
     "sample": SampleCommand,
+    "evaluate": EvaluateCommand,
+    "report": ReportCommand,
     "faces": FacesCommand,
     "info": InfoCommand,
 }
@@ -279,6 +283,14 @@ def made(command: Any) -> Callable[[], int]:
         from . import samples  # noqa: F401
 
         return lambda: _sample(command)
+    if isinstance(command, EvaluateCommand):
+        from .metrics import evaluate  # noqa: F401
+
+        return lambda: _evaluate(command)
+    if isinstance(command, ReportCommand):
+        from . import report  # noqa: F401
+
+        return lambda: _report(command)
     if isinstance(command, FacesCommand):
         from .data import face_files  # noqa: F401
 
@@ -319,6 +331,21 @@ def _sample(command: SampleCommand) -> int:
     from .samples import sample
 
     sample(command)
+    return 0
+
+
+def _evaluate(command: EvaluateCommand) -> int:
+    from .metrics.evaluate import run
+
+    run(command)
+    return 0
+
+
+def _report(command: ReportCommand) -> int:
+    from .report import report
+
+    page = report(command.run, command.out)
+    say(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

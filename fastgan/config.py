@@ -79,6 +79,7 @@ OnBad = Literal["skip", "stop"]
 DecoderName = Literal["auto", "dali-gpu", "dali-cpu", "pillow"]
 Loader = Literal["auto", "resident", "stream", "dali"]
 AmpDtype = Literal["auto", "bf16", "fp16"]
+Metric = Literal["swd", "ms_ssim", "c2st", "d_accuracy", "nearest", "inception"]
 # Options that may be unset: the help text says what happens then, so tyro's "(default: None)" is
 # left away.
 Kimg = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -230,6 +231,8 @@ class TrainConfig(DataOptions, Source):
     """How many checkpoints stay; older ones are deleted."""
     grid: int = Field(64, ge=1, le=4096)
     """Images in a sample grid."""
+    logger: Literal["none", "tensorboard"] = "none"
+    """Write scalars and grids for TensorBoard, too, into the run's folder."""
 
     @model_validator(mode="after")
     def _length(self) -> Self:
@@ -330,6 +333,62 @@ class SampleCommand(Flags):
     """Use the averaged generator; --no-ema takes the weights as trained."""
     device: Device = "auto"
     """Where to run."""
+
+
+class EvaluateCommand(Flags):
+    """Measure how good generated images are: beside real ones, an untrained generator and noise."""
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS|IMAGES")]
+    """A run folder (its newest checkpoint), one checkpoint, a generator's weights (.safetensors or
+    .pth, also of pytorch/examples), or images of any generator: a folder, a .zip, a cache.
+    """
+    data: Annotated[str | None, tyro.conf.arg(metavar="SRC", help_behavior_hint="")] = None
+    """The real images: a folder, a .zip, a cache or faces:N (default: what the run learned from).
+    """
+    against: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """Others to compare with, each as the first argument."""
+    count: int = Field(10_000, ge=2, le=1_000_000)
+    """Images of each set at most; half of the real ones, where that is less, as the other half is
+    what real ones score.
+    """
+    metrics: Annotated[tuple[Metric, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """What to measure; inception is fid, kid, is, precision, recall, density and coverage (default:
+    all that can be).
+    """
+    inception: OptionalPath = None
+    """Inception's weights (default: torch hub's, where they are). Nothing is downloaded."""
+    size: Annotated[Size | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    """Image size in pixels (default: the run's, the weights' or the cache's, else 64)."""
+    crop: Annotated[
+        Annotated[str, AfterValidator(_crop)] | None,
+        tyro.conf.arg(metavar="center|none|WxH|WxH+X+Y", help_behavior_hint=""),
+    ] = None
+    """How the real images are cropped (default: as the run's or the cache's, else center)."""
+    filter: Annotated[
+        Filter | None, tyro.conf.arg(metavar="triangular|lanczos|cubic", help_behavior_hint="")
+    ] = None
+    """How they are resized (default: as the run's or the cache's, else triangular)."""
+    holdout: Annotated[
+        float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=""), Field(ge=0, lt=1)
+    ] = None
+    """The share of them that training never saw (default: as the run's or the cache's, else 0)."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of latents, noise, and all that is drawn by the metrics."""
+    ema: bool = True
+    """Of a run, evaluate the averaged generator; --no-ema takes the weights as trained."""
+    device: Device = "auto"
+    """Where to run."""
+    out: OptionalPath = None
+    """The file that gets a line of JSON (default: metrics.jsonl in the run, else here)."""
+
+
+class ReportCommand(Flags):
+    """Make one HTML page of a run: samples over time, curves, metrics, how to train it again."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    out: OptionalPath = None
+    """The page to write, .html (default: RUN/report.html)."""
 
 
 class FacesCommand(Flags):

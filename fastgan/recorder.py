@@ -22,6 +22,7 @@ from .config import to_plain
 from .data.on_the_fly import OnTheFly
 from .env import environment, machine_line
 from .errors import RunError, first_line, is_out_of_memory
+from .loggers import TensorBoard
 from .models import convolutions
 from .runlog import Run
 from .samples import generate, grid, latents, save_picture
@@ -51,6 +52,7 @@ class Recorder:
         self._open = ExitStack()
         self._kept = -1  # images, when it was last on the disk for sure
         self.ended = False
+        self.viewer: TensorBoard | None = None
         # of a grid since the last tick
         self._diversity = start.meta.get("diversity") if start is not None else None
 
@@ -79,6 +81,10 @@ class Recorder:
         if isinstance(self.data, OnTheFly):
             self.data.list_refused_in(run.path)
         self._open.enter_context(console.log_to(run.path / "log.txt"))
+        if self.config.logger == "tensorboard":
+            with self._going_on("tensorboard"):
+                self.viewer = TensorBoard(run.path, state.images)
+                self._open.callback(self.viewer.close)
         spread = np.linspace(0, self.data.count - 1, min(self.config.grid, self.data.count))
         self.real = self.data.pictures(spread.astype(np.int64))
         self.watch = Watch(self.real, self.log.rows)
@@ -104,6 +110,9 @@ class Recorder:
         row["diversity"], self._diversity = self._diversity, None
         with self._going_on("stats.jsonl, losses.npy"):
             self.log.add(row)
+        if self.viewer is not None:
+            with self._going_on("tensorboard"):
+                self.viewer.tick(row)
         self.saver.collect()
         if advice := self.watch.tick(row):
             console.warn(advice)
@@ -120,8 +129,12 @@ class Recorder:
                 raise
             console.warn(f"no memory for {path.name} ({first_line(error)}); training goes on")
             return
+        picture = grid(images)
         with self._going_on(path.name):
-            save_picture(grid(images), path)
+            save_picture(picture, path)
+        if self.viewer is not None:
+            with self._going_on("tensorboard"):
+                self.viewer.picture("samples", picture, state.images)
         with self._going_on("losses.png"):
             self.log.plot()
         diversity, advice = self.watch.samples(images.numpy(), state.images / 1000)
@@ -199,6 +212,7 @@ class Recorder:
         except OSError as error:
             console.warn(f"{run.path}: run.json cannot be written ({error.strerror or error})")
         if status == "done":
+            self._report()
             console.say(f"done: {state.images / 1000:g} kimg; everything is in {run.path}")
         elif signal_:
             console.say(
@@ -207,6 +221,18 @@ class Recorder:
             )
         elif status == "preempted" and self._kept != state.images:
             console.warn(f"ended at once, not saved; the newest checkpoint is {self._newest()}")
+
+    def _report(self) -> None:
+        """The run as a page, without which it is none the worse."""
+        try:
+            from .report import report  # jinja2 and matplotlib, which training has no need for
+
+            report(self.run.path)
+        except Exception as error:  # whatever it is, the run is done
+            console.warn(
+                f"report.html was not written ({first_line(error)}); fastgan report "
+                f"{shlex.quote(str(self.run.path))} tries again"
+            )
 
     def _newest(self) -> str:
         try:

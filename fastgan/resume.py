@@ -51,7 +51,7 @@ CHANGES: dict[Change, tuple[str, ...]] = {
     # which is checked where the set is opened. grid: image i is of the same latents in any grid.
     Change.FREE: (
         *("kimg", "epochs", "out", "cache", "loader", "decoder", "on_bad", "grid"),
-        *("tick_kimg", "sample_kimg", "save_kimg", "keep_checkpoints"),
+        *("tick_kimg", "sample_kimg", "save_kimg", "keep_checkpoints", "logger"),
     ),
 }
 CHANGE_OF = {key: change for change, keys in CHANGES.items() for key in keys}

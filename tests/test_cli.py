@@ -98,7 +98,7 @@ def test_wrong_flags_and_values(capsys, tmp_path):
         capsys, "train", "--pixel-range", "0", "2"
     )
     assert "only one may be given" in refused(capsys, "train", "--kimg", "1", "--epochs", "1")
-    assert "train, prepare, sample, faces, info" in refused(capsys, "trian")
+    assert "train, prepare, sample, evaluate, report, faces, info" in refused(capsys, "trian")
     assert "--recipe must be a TOML file or one of quickstart" in refused(
         capsys, "train", "--recipe", "nothing"
     )

@@ -75,6 +75,7 @@ ROWS = [
     ("save_kimg", FREE, 1.0, None, "", ""),
     ("keep_checkpoints", FREE, 3, 9, "", ""),
     ("grid", FREE, 64, 16, "", ""),
+    ("logger", FREE, "none", "tensorboard", "", ""),
 ]
 SMALL = {"size": 32, "width": 4, "latent": 8, "batch": 8, "data": "faces:20"}
 FLAGS = [f"--{key}={value}" for key, value in SMALL.items()]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -276,14 +277,19 @@ def test_a_disk_that_is_full_for_a_while_is_said_and_training_goes_on(
     tmp_path, monkeypatch, capsys, place, lost
 ):
     assert train(tmp_path / "whole", "--kimg=0.08") == 0
-    advance = State._advance
+    advance, met = State._advance, threading.Event()
+
+    def refuses(*args, **kwargs):
+        met.set()
+        full()
 
     def fills(self, batch):
         advance(self, batch)
         if self.step_count == 1:
             self.undo = pytest.MonkeyPatch()
-            self.undo.setattr(f"fastgan.{place}", full)
+            self.undo.setattr(f"fastgan.{place}", refuses)
         elif self.step_count == 6:
+            assert met.wait(60)  # checkpoints are written by a thread, which may be late
             self.undo.undo()
 
     monkeypatch.setattr(State, "_advance", fills)

@@ -1,0 +1,89 @@
+"""The lines of JSON that evaluations leave in metrics.jsonl, and which checkpoint they make the
+best of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint
+from ..console import say, warn
+from ..data.image_file import open_regular
+from ..durable import flush
+
+RECORDS = "metrics.jsonl"
+TERMS = ("data", "count", "seed", "ema")  # numbers are compared where these are the same
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line in one piece; one that a kill left unfinished is ended before it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+        flush(file)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, oldest first, without lines that are none; empty where there is no
+    such file.
+    """
+    found = []
+    try:
+        with open_regular(path) as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict):
+                    found.append(record)
+    except OSError:
+        pass
+    return found
+
+
+def mark(run: Path, path: Path, record: dict[str, Any]) -> None:
+    """Mark the checkpoint at `path` as the run's best where its SWD is the lowest so far.
+
+    Numbers on other images, of other counts or another seed do not compare: a best one that was
+    found by these stays, with a line that says so.
+    """
+    value, held = swd_of(record), checkpoint.best(run)
+    if value is None or path.parent != run / "checkpoints":
+        return
+    if held is not None and held.name != path.name:
+        before = [r for r in read(run / RECORDS) if r.get("checkpoint") == held.name]
+        like = [r for r in before if all(r.get(key) == record.get(key) for key in TERMS)]
+        theirs = swd_of(like[-1]) if like else None
+        if theirs is None:
+            say(f"best       {held.name} stays, which was not evaluated like this: evaluate it too")
+            return
+        if theirs <= value:
+            say(f"best       {held.name} stays, with an SWD of {theirs:.2f}")
+            return
+    try:
+        checkpoint.mark_best(run, path, "swd", value)
+    except OSError as error:
+        warn(f"{run / checkpoint.BEST} cannot be written: {error.strerror or error}")
+        return
+    say(f"best       {path.name} is the run's best so far by SWD: it is kept")
+
+
+def swd_of(record: dict[str, Any]) -> float | None:
+    """The mean SWD of what was evaluated."""
+    try:
+        (value,) = (r["swd"]["mean"] for r in record["rows"] if r["role"] == "model")
+        return float(value)
+    except (KeyError, TypeError, ValueError):
+        return None
