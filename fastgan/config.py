@@ -335,6 +335,15 @@ class SampleCommand(Flags):
     """Where to run."""
 
 
+def _named(value: str) -> str:
+    if not value:
+        raise ValueError("must not be empty")
+    return value
+
+
+Named = Annotated[str, AfterValidator(_named)]
+
+
 class EvaluateCommand(Flags):
     """Measure how good generated images are: beside real ones, an untrained generator and noise."""
 
@@ -345,7 +354,7 @@ class EvaluateCommand(Flags):
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC", help_behavior_hint="")] = None
     """The real images: a folder, a .zip, a cache or faces:N (default: what the run learned from).
     """
-    against: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    against: Annotated[tuple[Named, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Others to compare with, each as the first argument."""
     count: int = Field(10_000, ge=2, le=1_000_000)
     """Images of each set at most; half of the real ones, where that is less, as the other half is

@@ -8,28 +8,37 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 
 FOLDER = "tensorboard"  # in the run's
 SCALARS = ("d_loss", "g_loss", "d_real", "d_fake", "img_per_s", "gpu_memory_bytes", "diversity")
 
 
-class TensorBoard:
-    """Event files in RUN/tensorboard, over images seen; what a run that goes on writes again
-    replaces what was there beyond its checkpoint.
+def check_logger(name: str) -> None:
+    """Before a run is made or opened: whether `--logger` can do its work.
 
     Raises:
         UsageError: the package tensorboard is not installed.
     """
+    if name != "tensorboard":
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"--logger tensorboard needs the package tensorboard ({first_line(error)}): pip "
+            "install 'fastgan[tensorboard]'"
+        ) from None
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard, over images seen; what a run that goes on writes again
+    replaces what was there beyond its checkpoint.
+    """
 
     def __init__(self, run: Path, images: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError(
-                f"--logger tensorboard needs the package tensorboard ({error}): pip install "
-                "'fastgan[tensorboard]'"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / FOLDER), purge_step=images + 1)
 
     def tick(self, row: dict[str, Any]) -> None:

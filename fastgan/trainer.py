@@ -23,6 +23,7 @@ from .distributed import Ranks, Stop
 from .env import memory_line
 from .errors import RunError, UsageError, first_line, is_out_of_memory
 from .health import explain
+from .loggers import check_logger
 from .modes import Modes, pick_modes
 from .paths import absolute, check_folder
 from .recorder import Recorder
@@ -59,6 +60,7 @@ def train(
     console.speak_as(ranks.rank)
     ranks.take_device(config.device)
     modes = pick_modes(config)  # refused before anything is decoded
+    check_logger(config.logger)
     ranks.join(modes.device.type == "cuda")
     failed = True
     try:

@@ -26,6 +26,16 @@ from ..durable import beside, replace_file
 VERSION = 1  # raise when a metric gives other numbers
 
 
+def _refused(word: str) -> None:
+    raise ValueError(f"{word} is no result")
+
+
+def _is_result(metric: str, value: Any) -> bool:
+    """Whether a value has the form of the metric's results: a number, or numbers by name."""
+    numbers = [value] if metric == "ms_ssim" else value.values() if isinstance(value, dict) else ""
+    return bool(numbers) and all(type(number) in (int, float) for number in numbers)
+
+
 class Known:
     """Results by baseline and metric. What cannot be read counts as unknown, and what cannot be
     written is warned of.
@@ -37,9 +47,12 @@ class Known:
         self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
         self._rows: dict[str, dict[str, Any]] = {}
         try:
-            content = json.loads(self.path.read_text("utf-8"))
+            content = json.loads(self.path.read_text("utf-8"), parse_constant=_refused)
             rows = content["rows"] if content["about"] == self._about else {}
-            self._rows = {name: dict(row) for name, row in rows.items()}
+            self._rows = {
+                name: {key: value for key, value in row.items() if _is_result(key, value)}
+                for name, row in rows.items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
 

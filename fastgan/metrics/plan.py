@@ -14,7 +14,7 @@ from ..modes import pick_device
 from ..paths import make_folder
 from . import c2st, inception
 from .records import RECORDS
-from .sources import Pictures, Source, Trained, open_source, resolved
+from .sources import Pictures, Source, Trained, is_run, open_source, resolved
 
 ALL: tuple[Metric, ...] = ("swd", "ms_ssim", "c2st", "d_accuracy", "nearest", "inception")
 FEWEST = {"c2st": c2st.FEWEST, "inception": inception.FEWEST}  # images of each set; of others 2
@@ -54,10 +54,20 @@ class Plan:
         return self.out.with_name("nearest.png" if in_run else f"{self.out.stem}-nearest.png")
 
     def _out(self) -> Path:
+        """Where the record goes; found unfit now, not after minutes of work."""
         out = self.command.out or (self.run or Path()) / RECORDS
-        if out.is_dir():
-            raise UsageError(f"--out must be a file, got the folder {out}")
-        make_folder(out.parent, "--out")
+        named = "--out" if self.command.out else f"{out}: --out FILE names another place, which"
+        if out.exists() and not out.is_file():
+            kind = "folder" if out.is_dir() else "device or pipe"
+            raise UsageError(f"{named} must be a file, got the {kind} {out}")
+        if out.suffix.lower() != ".jsonl":
+            raise UsageError(f"--out must end in .jsonl, got {out}")
+        if self.command.out is None and self.run is None and is_run(Path.cwd()):
+            raise UsageError(
+                f"--out must name the file for the record: the current folder is a run, whose "
+                f"{RECORDS} is of its own checkpoints"
+            )
+        make_folder(out.parent, named)
         return out
 
     def _metrics(self) -> tuple[list[str], Path | None]:

@@ -5,6 +5,7 @@ best of a run.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..durable import flush
 
 RECORDS = "metrics.jsonl"
 TERMS = ("data", "count", "seed", "ema")  # numbers are compared where these are the same
+FEWEST = 64  # images of each set, from which on an SWD says which checkpoint is better
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -62,6 +64,9 @@ def mark(run: Path, path: Path, record: dict[str, Any]) -> None:
     value, held = swd_of(record), checkpoint.best(run)
     if value is None or path.parent != run / "checkpoints":
         return
+    if record["count"] < FEWEST:
+        say(f"best       not by so few images: {FEWEST} or more of each set")
+        return
     if held is not None and held.name != path.name:
         before = [r for r in read(run / RECORDS) if r.get("checkpoint") == held.name]
         like = [r for r in before if all(r.get(key) == record.get(key) for key in TERMS)]
@@ -84,6 +89,6 @@ def swd_of(record: dict[str, Any]) -> float | None:
     """The mean SWD of what was evaluated."""
     try:
         (value,) = (r["swd"]["mean"] for r in record["rows"] if r["role"] == "model")
-        return float(value)
+        return float(value) if math.isfinite(value) else None
     except (KeyError, TypeError, ValueError):
         return None

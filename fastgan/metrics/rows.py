@@ -149,7 +149,8 @@ class Judge:
             real = self.real if self.held_out is None else self.held_out
             return asdict(c2st(real, images, seed=self.seed, device=self.device))
         if metric == "nearest":
-            return {"ratio": neighbours(images[:SAMPLES], self.train).ratio, "samples": SAMPLES}
+            shown = images[:SAMPLES]
+            return {"ratio": neighbours(shown, self.train).ratio, "samples": len(shown)}
         assert metric == "inception" and self._inception is not None
         theirs = self._inception.features(images, progress)
         return scores(self._real_features, theirs)

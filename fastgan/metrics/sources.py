@@ -55,8 +55,12 @@ class Trained:
     @property
     def run(self) -> Path | None:
         """The run folder, where it comes from one."""
-        found = run_of(self.path) if self.checkpoint else None
-        return found if found is not None and found != self.path else None
+        if self.checkpoint is None:
+            return None
+        if self.path.parent.name == "checkpoints":  # also of a run that lost its config.json
+            return self.path.parent.parent
+        found = run_of(self.path)
+        return found if found != self.path else None
 
     def images(self, count: int, seed: int, progress: Progress) -> np.ndarray:
         """uint8 [count, size, size, 3], of the latents that `fastgan sample --seed` takes."""
@@ -109,7 +113,7 @@ def open_source(given: str, flag: str, ema: bool, device: torch.device) -> Sourc
     path = Path(absolute(given, flag))
     if path.suffix.lower() in WEIGHTS and path.is_file():
         return _of_weights(path, ema, device)
-    if path.is_dir() and not is_cache(path) and _is_run(path):
+    if path.is_dir() and not is_cache(path) and is_run(path):
         return _of_run(path, ema, device)
     if not path.exists() or (path.is_file() and path.suffix.lower() != ".zip"):
         what = "it is another file" if path.exists() else "no such path"
@@ -117,9 +121,13 @@ def open_source(given: str, flag: str, ema: bool, device: torch.device) -> Sourc
     return Pictures(path.name, str(path), flag)
 
 
-def _is_run(path: Path) -> bool:
-    inside = ("config.json", "checkpoints", f"{PARTS[0]}.safetensors")
-    return bool(NAME.fullmatch(path.name)) or any((path / name).exists() for name in inside)
+def is_run(path: Path) -> bool:
+    """Whether it is a run folder, one that has no checkpoint yet, too, or a checkpoint."""
+    whole = (path / "config.json").exists() and (path / "run.json").exists()
+    inside = ("checkpoints", f"{PARTS[0]}.safetensors")
+    return (
+        whole or bool(NAME.fullmatch(path.name)) or any((path / name).exists() for name in inside)
+    )
 
 
 def _of_run(path: Path, ema: bool, device: torch.device) -> Trained:
@@ -138,6 +146,8 @@ def _of_weights(path: Path, ema: bool, device: torch.device) -> Trained:
     impl, _ = pick_kernels("auto", device)
     saved = _plain(read_weights(path), ema)
     try:
+        if not all(t.is_floating_point() for t in saved.values() if t.dim() == 4):
+            raise ValueError("its convolutions are not floating-point numbers")
         size, latent, width = shape_of(saved)
         generator = Generator(size, latent, width, impl=impl)
         copy_into(generator.state_dict(), saved, "a generator of that shape")
@@ -238,6 +248,11 @@ def resolved(
     source = data or (config.data if config else "")
     if data is not None and not data.startswith("faces:"):
         source = absolute(data, "--data")
+        if is_run(Path(source)):
+            raise UsageError(
+                f"--data must be images, and {source} is a run: leave --data out to take what the "
+                "evaluated run learned from, or name the images"
+            )
         options = _of_cache(Path(source), options, changed)
     elif data is not None and config is not None and not config.data.startswith("faces:"):
         options = DataOptions(size=options.size)  # no other option applies to drawn faces
@@ -245,7 +260,7 @@ def resolved(
     if isinstance(what, Trained) and options.size != what.generator.size:
         named = "--size" if "size" in changed else f"--data {source}"
         raise UsageError(
-            f"{named} is of {options.size} px, and {what.name} makes images of "
+            f"{named}: images of {options.size} px are asked for, and {what.name} makes images of "
             f"{what.generator.size} px"
         )
     return source, options, config.cache if config else None

@@ -158,7 +158,7 @@ def test_checkpoints_compete_on_the_same_terms(own_run, capsys):
 
 def test_a_better_checkpoint_takes_the_place(own_run):
     older, newer = checkpoints(own_run)
-    terms = {"data": {}, "count": 9, "seed": 0, "ema": True}
+    terms = {"data": {}, "count": 90, "seed": 0, "ema": True}
 
     def record(path, value):
         row = {"role": "model", "swd": {"mean": value}}
@@ -174,6 +174,20 @@ def test_a_better_checkpoint_takes_the_place(own_run):
     mark_best(own_run, older, "swd", 1.0)  # it has a record: 5
     records.mark(own_run, newer, better)
     assert best(own_run) == newer
+    records.mark(own_run, older, record(older, 1.0) | {"count": 63})
+    assert best(own_run) == newer  # too few images to say so
+
+
+def test_baselines_that_are_none_are_measured_again(tmp_path):
+    known = Known(tmp_path, {"size": 32})
+    known.add("real", {"swd": {"mean": 1.0}, "ms_ssim": 0.3})
+    text = known.path.read_text()
+    for old, new in (('{\n    "mean": 1.0\n   }', '"x"'), ("1.0", "NaN"), ("1.0", '"1"')):
+        assert old in text
+        known.path.write_text(text.replace(old, new))
+        assert "swd" not in Known(tmp_path, {"size": 32}).of("real")
+    known.path.write_text(text)
+    assert Known(tmp_path, {"size": 32}).of("real") == {"swd": {"mean": 1.0}, "ms_ssim": 0.3}
 
 
 def test_a_line_after_one_that_was_cut_off(tmp_path):
@@ -276,8 +290,8 @@ def test_a_cache_keeps_its_framing(folder, tmp_path, capsys, run):
     assert "--crop none is not what the cache" in said and "was made with (24x24)" in said
     assert main(["prepare", "faces:80", "--size=64", "--out=set64"]) == 0
     said = refused(capsys, run, "--data=set64")
-    assert f"--data {tmp_path / 'set64'} is of 64 px, and {run.name}" in said
-    assert "--size is of 64 px" in refused(capsys, run, "--size=64")
+    assert f"--data {tmp_path / 'set64'}: images of 64 px are asked for, and {run.name}" in said
+    assert "--size: images of 64 px" in refused(capsys, run, "--size=64")
 
 
 def test_c2st_takes_those_held_out(tmp_path, monkeypatch, capsys):
@@ -305,7 +319,7 @@ def test_c2st_takes_those_held_out(tmp_path, monkeypatch, capsys):
     assert all(np.array_equal(real, cache.held_out[: record["count"]]) for real in seen)
 
 
-def test_bad_input(capsys, tmp_path, folder, run, own_run):
+def test_bad_input(capsys, tmp_path, folder, run, own_run, monkeypatch):
     few = pictures(tmp_path / "few", 3, 32)
     data = ["--data=faces:300", "--size=32", "--device=cpu"]
     said = refused(capsys, few, *data)
@@ -333,6 +347,13 @@ def test_bad_input(capsys, tmp_path, folder, run, own_run):
     assert "needs a run: pictures" in refused(capsys, folder, *data, "--metrics", "d_accuracy")
     assert "--count must be" in refused(capsys, folder, *data, "--count=1")
     assert f"got the folder {few}" in refused(capsys, folder, *data, "--out", few)
+    assert "--out must end in .jsonl" in refused(capsys, folder, *data, "--out", text)
+    assert "device or pipe /dev/null" in refused(capsys, folder, *data, "--out", "/dev/null")
+    assert f"{run} is a run: leave --data out" in refused(capsys, folder, "--data", run)
+    assert "--against must not be empty" in refused(capsys, folder, *data, "--against", "")
+    monkeypatch.chdir(run)
+    assert "the current folder is a run" in refused(capsys, folder, *data)
+    monkeypatch.chdir(tmp_path)
     assert "makes images of 32 px, and 64 px" in refused(
         capsys, folder, "--data=faces:300", "--against", run
     )
