@@ -44,7 +44,11 @@ CPU = torch.device("cpu")
         ("kernels and (G1 or gather or adam)", ["G1 8x512x4x4", "gather_u8", "torch fused"]),
         ("convs", ["D2", "G1"]),
         ("step", ["reference, fp32", "PyTorch, channels-last, compiled", "fastgan, one pass"]),
-        ("train or growth", ["fastgan train", "share_of_step", "along"]),
+        pytest.param(
+            "train or growth",
+            ["fastgan train", "share_of_step", "along"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_benchmarks_run_without_a_gpu_and_say_what_is_left_out(which, words, tmp_path):
@@ -60,6 +64,7 @@ def test_the_benchmarks_run_without_a_gpu_and_say_what_is_left_out(which, words,
     assert not list(tmp_path.iterdir())  # a CPU's figures are no record
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the form for machines without a GPU")
 def test_the_data_path_is_measured_without_a_gpu(tmp_path):
     """On a few files: all but the figures."""
