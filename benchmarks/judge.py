@@ -48,20 +48,15 @@ from fastgan.metrics.ms_ssim import diversity  # noqa: E402
 from fastgan.metrics.sources import Trained, open_source  # noqa: E402
 from fastgan.metrics.swd import RealSet  # noqa: E402
 from fastgan.models import Generator, init_weights  # noqa: E402
-from fastgan.samples import generate, latents, save_picture  # noqa: E402
+from fastgan.samples import save_picture  # noqa: E402
 
 ROW = 12  # pictures of each generator that are shown
 
 
-def sampled(generator: Generator, count: int, seed: int) -> np.ndarray:
-    pieces = generate(generator, latents(seed, count, generator.latent))
-    return np.concatenate([piece.numpy() for piece in pieces])
-
-
-def sampled_from(path: Path, size: int, count: int, seed: int) -> np.ndarray:
-    source = open_source(str(path), "WEIGHTS", True, torch.device("cpu"))
+def sampled(path: str, size: int, count: int, seed: int) -> np.ndarray:
+    source = open_source(path, "WEIGHTS", True, torch.device("cpu"))
     assert isinstance(source, Trained) and source.generator.size == size, path
-    return sampled(source.generator, count, seed)
+    return source.images(count, seed, lambda done: None)
 
 
 def judged(
@@ -120,7 +115,9 @@ def main() -> int:
     real, other = every[np.sort(order[:half])], every[np.sort(order[half : 2 * half])]
     sets: dict[str, Callable[[], np.ndarray]] = {
         "real, the other half": lambda: other,
-        "untrained generator": lambda: sampled(untrained(args.size), half, args.seed),
+        "untrained generator": lambda: untrained(args.size).images(
+            half, args.seed, lambda done: None
+        ),
         "noise": lambda: np.random.default_rng(args.seed).integers(
             0, 256, real.shape, dtype=np.uint8
         ),
@@ -131,7 +128,7 @@ def main() -> int:
         path, _, run = paths.partition(",")
         if run:
             runs[name] = Path(run)
-        sets[name] = partial(sampled_from, Path(path), args.size, half, args.seed)
+        sets[name] = partial(sampled, path, args.size, half, args.seed)
     machine = json.loads(args.machine.read_text("utf-8")) if args.machine else {}
     kept = {key: machine[key] for key in ("environment", "copy_gbps", "matmul_tflops") if machine}
     swd = RealSet(real, seed=args.seed)
@@ -165,10 +162,12 @@ def tile(images: np.ndarray) -> np.ndarray:
     )
 
 
-def untrained(size: int) -> Generator:
+def untrained(size: int) -> Trained:
+    """By the statistics that batch norms are made with; `fastgan evaluate` gives them a batch's."""
     generator = Generator(size)
     init_weights(generator, torch.Generator().manual_seed(0))
-    return generator.to(memory_format=torch.channels_last).eval()
+    generator.to(memory_format=torch.channels_last).eval()
+    return Trained("untrained", Path(), generator, "")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ..models import Generator
 from ..samples import save_picture
 from . import inception
 from .baselines import Known
-from .nearest import KEPT, neighbours, picture
+from .nearest import KEPT, picture
 from .plan import Plan, Sets
 from .records import append, mark
 from .rows import LABELS, SAMPLES, Critic, Judge, Made, Row, Work, cost_of, noise, untrained
@@ -164,11 +164,10 @@ def _of_model(
         with work.doing("d_accuracy", len(images), row.name):
             critic = Critic(what.checkpoint, what.config, plan.device)
             row.results["d_accuracy"] = critic.accuracy(judge.real, cache.held_out, images)
-    if "nearest" in row.results:
-        samples = images[:SAMPLES]
-        found = neighbours(samples, cache.images)
+    if row.neighbours is not None:
+        shown = picture(images[:SAMPLES], cache.images, row.neighbours)
         try:
-            save_picture(picture(samples, cache.images, found), plan.picture)
+            save_picture(shown, plan.picture)
         except OSError as error:
             raise RunError(f"{plan.picture} cannot be written: {error.strerror or error}") from None
         row.results["nearest"] |= {"picture": plan.picture.name}

@@ -26,7 +26,7 @@ from .baselines import Known
 from .c2st import c2st
 from .inception import Features, Inception, scores
 from .ms_ssim import diversity
-from .nearest import neighbours
+from .nearest import Neighbours, neighbours
 from .sources import Progress, shape_of
 from .swd import RealSet
 
@@ -53,6 +53,7 @@ class Row:
         todo: the metrics that are to be measured.
         kept_as: its name among the baselines whose results are kept.
         results: by metric.
+        neighbours: of its first images, where these were measured.
     """
 
     role: str
@@ -61,6 +62,7 @@ class Row:
     todo: Sequence[str]
     kept_as: str | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    neighbours: Neighbours | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -133,12 +135,12 @@ class Judge:
                 with work.doing("swd", self.count, "the real images"):
                     self._projected = RealSet(self.real, seed=self.seed)
             with work.doing(metric, self.count, row.name) as progress:
-                row.results[metric] = self._measured(metric, images, progress)
+                row.results[metric] = self._measured(metric, row, images, progress)
             if row.kept_as is not None:
                 self._known.add(row.kept_as, {metric: row.results[metric]})
         return images
 
-    def _measured(self, metric: str, images: np.ndarray, progress: Progress) -> Any:
+    def _measured(self, metric: str, row: Row, images: np.ndarray, progress: Progress) -> Any:
         if metric == "swd":
             assert self._projected is not None
             distance = self._projected.swd(images)
@@ -150,7 +152,8 @@ class Judge:
             return asdict(c2st(real, images, seed=self.seed, device=self.device))
         if metric == "nearest":
             shown = images[:SAMPLES]
-            return {"ratio": neighbours(shown, self.train).ratio, "samples": len(shown)}
+            row.neighbours = neighbours(shown, self.train)
+            return {"ratio": row.neighbours.ratio, "samples": len(shown)}
         assert metric == "inception" and self._inception is not None
         theirs = self._inception.features(images, progress)
         return scores(self._real_features, theirs)

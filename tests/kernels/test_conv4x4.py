@@ -248,15 +248,11 @@ def test_every_tile_that_is_chosen_fits(size, width, monkeypatch):
             assert cs % op.WGRAD_IMAGE.fitted(0, cs, 0).n == 0 and op.WGRAD_IMAGE.m >= 16 * cl
             continue
         wgrad = (op.WGRAD if cl % op.WGRAD.m == 0 else op.WGRAD_NARROW).fitted(cl, cs, 0)
-        tiles = {
-            "fwd": (op._tile(pixels, cs, cl, device), cs, cl, "m"),
-            "dgrad": (op._tile(4 * pixels, cl, cs, device), cl, cs, "m"),
-        }
-        for block, columns, depth, _ in tiles.values():
+        fwd, dgrad = op._tile(pixels, cs, cl, device), op._tile(4 * pixels, cl, cs, device)
+        for block, columns, depth in ((fwd, cs, cl), (dgrad, cl, cs)):
             assert columns % block.n == 0 and depth % block.k == 0
         assert cl % wgrad.m == 0 and cs % wgrad.n == 0
-        blocks = [block for block, *_ in tiles.values()]
-        for block, along in [*((block, block.m) for block in blocks), (wgrad, wgrad.k)]:
+        for block, along in ((fwd, fwd.m), (dgrad, dgrad.m), (wgrad, wgrad.k)):
             images, rows = kernels.box(along, edge, edge)
             assert images * rows * edge == along and max(images, rows, edge, block.n) <= 256
             bytes_of_tiles = 2 * (block.m * block.k + block.n * block.k) * block.stages
