@@ -19,8 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import __version__
-from .config import (
-    DEFAULT_RECIPE,
+from .commands import (
     EvaluateCommand,
     FacesCommand,
     InfoCommand,
@@ -28,12 +27,9 @@ from .config import (
     ReportCommand,
     SampleCommand,
     TrainCommand,
-    TrainConfig,
-    flag_of,
-    load_recipe,
     plain_config,
-    to_toml,
 )
+from .config import DEFAULT_RECIPE, TrainConfig, flag_of, load_recipe, to_toml
 from .console import say
 from .errors import RunError, UsageError
 from .signals import Terminated, at_once, raised, said, terminable

@@ -1,8 +1,8 @@
-"""Every option of every command, typed, with its default and its rule; and the recipes, which are
-the same as TOML.
+"""Every option of a training run, typed, with its default and its rule; and the recipes, which are
+the same as TOML. A flag beats the recipe, the recipe beats the default.
 
-Nothing heavy is imported here: `fastgan --help` and a mistyped flag are answered from this file
-alone. A flag beats the recipe, the recipe beats the default.
+Nothing heavy is imported here, nor in `commands.py`: `fastgan --help` and a mistyped flag are
+answered from these two files alone.
 """
 
 from __future__ import annotations
@@ -72,14 +72,24 @@ def _pixel_range(value: PixelRange) -> PixelRange:
 
 
 Size = Annotated[int, AfterValidator(_size)]
-CropText = Annotated[str, AfterValidator(_crop), tyro.conf.arg(metavar="center|none|WxH|WxH+X+Y")]
+Crops = Annotated[str, AfterValidator(_crop)]
+CropText = Annotated[Crops, tyro.conf.arg(metavar="center|none|WxH|WxH+X+Y")]
 Device = Literal["auto", "cpu", "cuda"]
 Kernels = Literal["auto", "triton", "torch"]
 OnBad = Literal["skip", "stop"]
 DecoderName = Literal["auto", "dali-gpu", "dali-cpu", "pillow"]
 Loader = Literal["auto", "resident", "stream", "dali"]
 AmpDtype = Literal["auto", "bf16", "fp16"]
-Metric = Literal["swd", "ms_ssim", "c2st", "d_accuracy", "nearest", "inception"]
+Metric = Literal["swd", "swd_mmagic", "ms_ssim", "c2st", "d_accuracy", "nearest", "inception"]
+Arch = Literal["dcgan", "two-rate", "two-rate-autoencoder"]
+LatentDist = Literal["normal", "uniform"]
+Loss = Literal["non-saturating", "minimax", "hinge", "least-squares"]
+Augmentation = Literal["color", "translation", "cutout"]
+# The latents of what has no size of its own: 5 maps of 5x5 numbers; 3 of 64x64, an image of noise.
+FIXED: dict[str, tuple[int, int]] = {  # size and latent
+    "two-rate": (64, 5 * 5 * 5),
+    "two-rate-autoencoder": (64, 3 * 64 * 64),
+}
 # Options that may be unset: the help text says what happens then, so tyro's "(default: None)" is
 # left away.
 Kimg = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
@@ -159,11 +169,49 @@ class DataOptions(Options):
     """
 
 
-class TrainConfig(DataOptions, Source):
-    """What one training run is. A recipe is this as TOML; a run folder keeps it as config.json."""
+class NetworkOptions(Options):
+    """What the two networks are: all that weights need to be used again."""
 
+    arch: Arch = "dcgan"
+    """The networks: dcgan (any size and width), or those of the recipes two-rate64 and
+    two-rate64-autoencoder.
+    """
     size: Size = FRAMING.size
     """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
+    latent: int = Field(100, ge=1, le=65536)
+    """Length of the latent vector z."""
+    latent_dist: LatentDist = "normal"
+    """What latents are drawn from: normal, N(0, 1), or uniform, U(-1, 1)."""
+    width: int = Field(64, ge=1, le=4096)
+    """Channels of the layers beside the image (the tutorial's ngf and ndf)."""
+    pixel_range: Annotated[PixelRange, AfterValidator(_pixel_range)] = (-1.0, 1.0)
+    """What 0 and 255 become for the networks: -1 1 (tanh generator) or 0 1 (sigmoid)."""
+    spectral_norm: bool = False
+    """Divide D's weights by their spectral norms, in place of its batch norms."""
+
+    @model_validator(mode="after")
+    def _of_one_shape(self) -> Self:
+        if self.arch not in FIXED:
+            return self
+        size, latent = FIXED[self.arch]
+        fixed = {"size": size, "latent": latent, "width": 64, "pixel_range": (0.0, 1.0)}
+        for key, value in (fixed | {"spectral_norm": False}).items():
+            if (got := getattr(self, key)) != value:
+                recipe = self.arch.replace("rate", "rate64", 1)
+                raise ValueError(
+                    f"arch {self.arch} has {key} {_spelled(value)} and no other, got "
+                    f"{_spelled(got)}; the recipe {recipe} has all of it"
+                )
+        return self
+
+
+def _spelled(value: object) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+class TrainConfig(NetworkOptions, DataOptions, Source):
+    """What one training run is. A recipe is this as TOML; a run folder keeps it as config.json."""
+
     flip: bool = False
     """Mirror each image left to right with probability 1/2, anew in each epoch."""
     loader: Loader = "auto"
@@ -199,12 +247,32 @@ class TrainConfig(DataOptions, Source):
     """Where to train; auto takes the GPU where there is one."""
     seed: int = Field(999, ge=0, lt=2**63)
     """Seed of weights, latents and the order of images."""
-    latent: int = Field(100, ge=1, le=65536)
-    """Length of the latent vector z, drawn from N(0, 1)."""
-    width: int = Field(64, ge=1, le=4096)
-    """Channels of the layers beside the image (the tutorial's ngf and ndf)."""
-    pixel_range: Annotated[PixelRange, AfterValidator(_pixel_range)] = (-1.0, 1.0)
-    """What 0 and 255 become for the networks: -1 1 (tanh generator) or 0 1 (sigmoid)."""
+    init_g: OptionalPath = None
+    """Begin with a generator's weights: .safetensors or .pth, as `export` or pytorch/examples
+    write them (default: drawn anew).
+    """
+    init_d: OptionalPath = None
+    """Begin with a discriminator's weights, likewise."""
+    loss: Loss = "non-saturating"
+    """What the networks minimise: cross-entropy, with G's non-saturating or minimax form; hinge; or
+    least-squares.
+    """
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """D's target for real images is 1 minus this; not for hinge."""
+    instance_noise: float = Field(0.0, ge=0, le=10)
+    """Standard deviation of the noise that is added to all images that D sees, where pixels go from
+    -1 to 1 or 0 to 1.
+    """
+    noise_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
+    """Let that noise fall to 0, evenly, over so many thousands of images (default: it stays)."""
+    diffaug: Annotated[tuple[Augmentation, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """Augment all images that D sees, differentiably: any of color, translation, cutout."""
+    r1: float = Field(0.0, ge=0, le=1e6)
+    """Weight gamma of the penalty on D's gradient at real images (0: none), in float32 and by
+    PyTorch's own operators.
+    """
+    r1_every: int = Field(16, ge=1, le=1000)
+    """Steps from one penalty to the next, which counts for all of them."""
     lr_g: float = Field(2e-4, gt=0, le=10)
     """Adam's learning rate of the generator."""
     lr_d: float = Field(2e-4, gt=0, le=10)
@@ -223,10 +291,25 @@ class TrainConfig(DataOptions, Source):
     """Folder of the decoded sets (default: $FASTGAN_CACHE, else the user's cache folder)."""
     tick_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two lines of statistics (default: a hundredth of the run)."""
+    tick_epochs: Annotated[Kimg, Field(gt=0, le=1e9)] = None
+    """The same in passes over the set, instead of --tick-kimg: 1 is a line after each."""
     sample_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two sample grids (default: a twentieth of the run)."""
     save_kimg: Annotated[Kimg, Field(gt=0, le=1e9)] = None
     """Between two checkpoints (default: a quarter of the run)."""
+    eval_kimg: Annotated[
+        float | None,
+        tyro.conf.arg(metavar="FLOAT", help_behavior_hint="", aliases=["--eval-every"]),
+        Field(gt=0, le=1e9),
+    ] = None
+    """Between two evaluations, each of a checkpoint of its own (default: none)."""
+    eval_count: int = Field(10_000, ge=2, le=1_000_000)
+    """Images of each set at most in these (`fastgan evaluate --count`)."""
+    eval_metrics: Annotated[tuple[Metric, ...], tyro.conf.arg(help_behavior_hint="")] = (
+        "swd",
+        "ms_ssim",
+    )
+    """What these measure (`fastgan evaluate --metrics`)."""
     keep_checkpoints: int = Field(3, ge=2)
     """How many checkpoints stay; older ones are deleted."""
     grid: int = Field(64, ge=1, le=4096)
@@ -241,180 +324,19 @@ class TrainConfig(DataOptions, Source):
                 "kimg and epochs are two ways to give the length, and only one may be given: "
                 f"got kimg {self.kimg:g} and epochs {self.epochs:g}"
             )
+        if self.tick_kimg is not None and self.tick_epochs is not None:
+            raise ValueError("tick_kimg and tick_epochs are two ways to say it: give one of them")
+        if self.loss == "hinge" and self.label_smoothing:
+            raise ValueError("label_smoothing does not go with loss hinge, which has no targets")
+        if self.noise_kimg is not None and not self.instance_noise:
+            raise ValueError("noise_kimg needs instance_noise: there is no noise to let fall")
+        if self.r1 and self.sync_bn:
+            raise ValueError(
+                "r1 does not go with sync_bn, whose statistics cannot be differentiated twice"
+            )
         if self.kimg is None and self.epochs is None:
             object.__setattr__(self, "kimg", DEFAULT_KIMG)  # past `frozen`: still being made
         return self
-
-
-class Flags(Options):
-    """Options that come from the command line: what does not fit raises `UsageError` naming the
-    flag.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UsageError(_explain(error, "--", dash=True)) from None
-
-
-class TrainCommand(Flags, TrainConfig):
-    """Train a generator and a discriminator on a folder of images.
-
-    With no --data, --recipe and --resume this is the recipe `quickstart`: drawn faces, about two
-    minutes on two cores.
-    """
-
-    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE", help_behavior_hint="")] = None
-    """Start from a recipe: a name (see `fastgan info`) or a TOML file as --dry-run prints it."""
-    resume: Annotated[str | None, tyro.conf.arg(metavar="auto|RUN", help_behavior_hint="")] = None
-    """Continue a run from its newest checkpoint; auto takes the newest run in --out with this
-    configuration.
-    """
-    allow_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """With --resume, let this option differ from the run's though it changes what the run is; may
-    be given several times.
-    """
-    elastic: tyro.conf.FlagCreatePairsOff[bool] = False
-    """With --resume, go on in another number of processes: the same images in the same order, but
-    not the same bits.
-    """
-    exit_zero: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Exit with 0 instead of 143 or 138 when SIGTERM or SIGUSR1 stopped the run and it was saved:
-    for schedulers that take all else for a failure.
-    """
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the resolved configuration as TOML and stop."""
-
-    @model_validator(mode="after")
-    def _only_with_resume(self) -> Self:
-        if self.resume is None:
-            for key in ("allow_change", "elastic"):
-                if getattr(self, key):
-                    raise ValueError(
-                        f"{flag_of(key)} needs --resume: a new run has nothing to keep"
-                    )
-        return self
-
-
-class PrepareCommand(Flags, DataOptions):
-    """Decode images once into a cache that `train --data` takes."""
-
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of images (searched in depth), a .zip, or faces:N."""
-    size: Size = FRAMING.size
-    """Image size in pixels: 4, 5, 6 or 7 times a power of two, 32 to 256."""
-    check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Verify that the cache SOURCE is whole, by its checksums, and stop."""
-    verify: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Use a cache again only if the contents of all files are what it was made from: not only their
-    names, sizes and times.
-    """
-    out: OptionalPath = None
-    """The cache folder to write (default: a name of its own in --cache)."""
-    cache: OptionalPath = None
-    """Folder of the decoded sets (default: $FASTGAN_CACHE, else the user's cache folder)."""
-
-
-class SampleCommand(Flags):
-    """Draw images from a trained generator."""
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run folder, or one checkpoint in it."""
-    count: int = Field(64, ge=1, le=10_000_000)
-    """How many images."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the latents; image i of a seed is the same for every --count."""
-    out: OptionalPath = None
-    """The grid to write, .png, .jpg or .webp (default: RUN/samples/sample-seed0.png)."""
-    each: OptionalPath = None
-    """Write single PNG files into this folder instead of a grid."""
-    ema: bool = True
-    """Use the averaged generator; --no-ema takes the weights as trained."""
-    device: Device = "auto"
-    """Where to run."""
-
-
-def _named(value: str) -> str:
-    if not value:
-        raise ValueError("must not be empty")
-    return value
-
-
-Named = Annotated[str, AfterValidator(_named)]
-
-
-class EvaluateCommand(Flags):
-    """Measure how good generated images are: beside real ones, an untrained generator and noise."""
-
-    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS|IMAGES")]
-    """A run folder (its newest checkpoint), one checkpoint, a generator's weights (.safetensors or
-    .pth, also of pytorch/examples), or images of any generator: a folder, a .zip, a cache.
-    """
-    data: Annotated[str | None, tyro.conf.arg(metavar="SRC", help_behavior_hint="")] = None
-    """The real images: a folder, a .zip, a cache or faces:N (default: what the run learned from).
-    """
-    against: Annotated[tuple[Named, ...], tyro.conf.arg(help_behavior_hint="")] = ()
-    """Others to compare with, each as the first argument."""
-    count: int = Field(10_000, ge=2, le=1_000_000)
-    """Images of each set at most; half of the real ones, where that is less, as the other half is
-    what real ones score.
-    """
-    metrics: Annotated[tuple[Metric, ...], tyro.conf.arg(help_behavior_hint="")] = ()
-    """What to measure; inception is fid, kid, is, precision, recall, density and coverage (default:
-    all that can be).
-    """
-    inception: OptionalPath = None
-    """Inception's weights (default: torch hub's, where they are). Nothing is downloaded."""
-    size: Annotated[Size | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    """Image size in pixels (default: the run's, the weights' or the cache's, else 64)."""
-    crop: Annotated[
-        Annotated[str, AfterValidator(_crop)] | None,
-        tyro.conf.arg(metavar="center|none|WxH|WxH+X+Y", help_behavior_hint=""),
-    ] = None
-    """How the real images are cropped (default: as the run's or the cache's, else center)."""
-    filter: Annotated[
-        Filter | None, tyro.conf.arg(metavar="triangular|lanczos|cubic", help_behavior_hint="")
-    ] = None
-    """How they are resized (default: as the run's or the cache's, else triangular)."""
-    holdout: Annotated[
-        float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=""), Field(ge=0, lt=1)
-    ] = None
-    """The share of them that training never saw (default: as the run's or the cache's, else 0)."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of latents, noise, and all that is drawn by the metrics."""
-    ema: bool = True
-    """Of a run, evaluate the averaged generator; --no-ema takes the weights as trained."""
-    device: Device = "auto"
-    """Where to run."""
-    out: OptionalPath = None
-    """The file that gets a line of JSON (default: metrics.jsonl in the run, else here)."""
-
-
-class ReportCommand(Flags):
-    """Make one HTML page of a run: samples over time, curves, metrics, how to train it again."""
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run folder."""
-    out: OptionalPath = None
-    """The page to write, .html (default: RUN/report.html)."""
-
-
-class FacesCommand(Flags):
-    """Write drawn faces as PNG files, with the factors that made them in factors.csv."""
-
-    out: Path
-    """Folder to write into; new, or empty."""
-    count: int = Field(64, ge=1, le=10_000_000)
-    """How many faces."""
-    size: int = Field(256, ge=16, le=4096)
-    """Edge in pixels."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed; face i of a seed is the same for every --count and --size."""
-
-
-class InfoCommand(Flags):
-    """Show the machine, the versions, and which fast paths are on or what they lack."""
 
 
 def recipe_names() -> list[str]:
@@ -457,7 +379,7 @@ def config_from(values: dict[str, Any], where: str) -> TrainConfig:
     try:
         return TrainConfig.model_validate_json(json.dumps(values, default=_date), strict=True)
     except ValidationError as error:
-        raise UsageError(_explain(error, where, dash=False)) from None
+        raise UsageError(explain(error, where, dash=False)) from None
 
 
 def recorded_config(values: dict[str, Any], where: str, version: object) -> TrainConfig:
@@ -506,12 +428,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def plain_config(command: TrainCommand) -> TrainConfig:
-    """The configuration that a `fastgan train` command line came to."""
-    return TrainConfig(**{key: getattr(command, key) for key in TrainConfig.model_fields})
-
-
-def _explain(error: ValidationError, where: str, dash: bool) -> str:
+def explain(error: ValidationError, where: str, dash: bool) -> str:
     """Pydantic's findings in one line each: the name, the rule, the value."""
     lines = []
     for found in error.errors():

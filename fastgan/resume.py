@@ -37,13 +37,18 @@ class Change(Enum):
 SET = ("data", "crop", "filter", "min_size", "max_pixels", "limit", "keep", "holdout")
 CHANGES: dict[Change, tuple[str, ...]] = {
     # pixel_range: the generator's last activation is made for it
-    Change.NEVER: ("size", "latent", "width", "pixel_range"),
+    # latent_dist: so is its whole training
+    Change.NEVER: (
+        *("arch", "size", "latent", "latent_dist", "width", "pixel_range", "spectral_norm"),
+    ),
     # batch: a run counts in steps. seed: it orders the images and draws the samples' latents.
-    Change.NAMED: (*SET, "batch", "seed"),
+    # init_g, init_d: what it came from.
+    Change.NAMED: (*SET, "batch", "seed", "init_g", "init_d"),
     # All of these are read anew at each start, and the checkpoint has the same tensors for any of
     # them: weights are float32 with --amp, too, and of fp16's scale only the number is lost.
     Change.TOLD: (
         *("lr_g", "lr_d", "beta1", "beta2", "ema_kimg", "flip"),
+        *("loss", "label_smoothing", "instance_noise", "noise_kimg", "diffaug", "r1", "r1_every"),
         *("amp", "amp_dtype", "sync_bn"),
     ),
     Change.CODE: ("device", "kernels", "compile", "graph"),
@@ -51,7 +56,8 @@ CHANGES: dict[Change, tuple[str, ...]] = {
     # which is checked where the set is opened. grid: image i is of the same latents in any grid.
     Change.FREE: (
         *("kimg", "epochs", "out", "cache", "loader", "decoder", "on_bad", "grid"),
-        *("tick_kimg", "sample_kimg", "save_kimg", "keep_checkpoints", "logger"),
+        *("tick_kimg", "tick_epochs", "sample_kimg", "save_kimg", "keep_checkpoints", "logger"),
+        *("eval_kimg", "eval_count", "eval_metrics"),
     ),
 }
 CHANGE_OF = {key: change for change, keys in CHANGES.items() for key in keys}

@@ -14,7 +14,8 @@ from torchvision.utils import make_grid
 
 from . import console
 from .checkpoint import Checkpoint, find, under
-from .config import PixelRange, SampleCommand, recorded_config
+from .commands import SampleCommand
+from .config import PixelRange, recorded_config
 from .durable import beside
 from .errors import RunError, UsageError
 from .models import Generator

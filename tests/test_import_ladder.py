@@ -15,6 +15,7 @@ RUNGS = [
     ["fastgan"],
     ["fastgan.errors", "fastgan.framing", "fastgan.lock"],
     ["fastgan.console", "fastgan.durable", "fastgan.paths", "fastgan.signals", "fastgan.config"],
+    ["fastgan.commands"],
     ["fastgan.compiling", "fastgan.env", "fastgan.formats"],
     ["fastgan.modes", "fastgan.png_files"],
     ["fastgan.data", "fastgan.data.face_factors", "fastgan.data.face_paint"],

@@ -16,7 +16,8 @@ from PIL import Image
 from fastgan import report as report_module
 from fastgan.charts import CHARTS, POINTS, svg
 from fastgan.cli import main, parse
-from fastgan.config import TrainConfig, plain_config
+from fastgan.commands import plain_config
+from fastgan.config import TrainConfig
 from fastgan.report import flags, report
 from fastgan.thumbnails import spread, thumbnails
 

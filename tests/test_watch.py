@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from fastgan.config import TrainCommand, flag_of
+from fastgan.commands import TrainCommand
+from fastgan.config import flag_of
 from fastgan.watch import ALIKE_STEPS, OLDER, TICK_STEPS, TICKS, Watch, diversity
 
 # Ticks of real runs: (kimg, D(x), D(G(z))).

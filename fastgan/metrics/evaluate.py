@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import EvaluateCommand
+from ..commands import EvaluateCommand
 from ..console import bar, clock, say
 from ..data.cache import Cache
 from ..env import environment

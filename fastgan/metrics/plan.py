@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config import EvaluateCommand, Metric
+from ..commands import EvaluateCommand
+from ..config import Metric
 from ..console import say, warn
 from ..data.cache import IMAGES, Cache
 from ..data.prepare import default_root, prepare
