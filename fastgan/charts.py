@@ -76,6 +76,11 @@ CHARTS = (
     Chart("memory", "GPU memory at its peak, GiB", (("gpu_memory_bytes", "peak"),), unit=2**30),
     Chart("diversity", "Diversity of samples: near 0 they are alike", (("diversity", ""),)),
 )
+DISTANCES = Chart(
+    "swd",
+    "SWD: lower is nearer, and real images are the floor",
+    (("swd", "this run"), ("floor", "real images")),
+)
 
 
 def svg(chart: Chart, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,9 +20,12 @@ import tyro
 
 from . import __version__
 from .commands import (
+    AnimateCommand,
     EvaluateCommand,
+    ExportCommand,
     FacesCommand,
     InfoCommand,
+    InterpolateCommand,
     PrepareCommand,
     ReportCommand,
     SampleCommand,
@@ -30,15 +33,18 @@ from .commands import (
     plain_config,
 )
 from .config import DEFAULT_RECIPE, TrainConfig, flag_of, load_recipe, to_toml
-from .console import say
-from .errors import RunError, UsageError
+from .console import say, warn
+from .errors import RunError, UsageError, first_line, is_out_of_memory
 from .signals import Terminated, at_once, raised, said, terminable
 
 VERBS: dict[str, type] = {
     "train": TrainCommand,
     "prepare": PrepareCommand,
     "sample": SampleCommand,
+    "interpolate": InterpolateCommand,
+    "animate": AnimateCommand,
     "evaluate": EvaluateCommand,
+    "export": ExportCommand,
     "report": ReportCommand,
     "faces": FacesCommand,
     "info": InfoCommand,
@@ -96,6 +102,9 @@ def _ended(work: Callable[[], int]) -> int:
         elif isinstance(error, Terminated):
             number = error.number
         if number is None:  # else it came of the signal, in the midst of what knows none
+            if is_out_of_memory(error):
+                said_so = f"out of memory ({first_line(error)}): ask for less at once"
+                raise RunError(said_so) from None
             raise
         # torchrun ends all of them once one has failed, whose words would be lost among theirs
         _complain(said(number), everywhere=True)
@@ -222,8 +231,10 @@ def _joined(args: Sequence[str], flag: str) -> list[str]:
 def _train_base(args: Sequence[str]) -> TrainConfig:
     """What the flags are laid over: the run to be resumed, the recipe, or the defaults."""
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--recipe", "--resume", "--data", "--out", "--kimg", "--epochs"):
+    for flag in ("--recipe", "--resume", "--data", "--out"):
         scan.add_argument(flag)
+    for flag in ("--kimg", "--epochs", "--tick-kimg", "--tick-epochs"):
+        scan.add_argument(flag, f"--{flag[2:].replace('-', '_')}", dest=flag[2:].replace("-", "_"))
     try:
         given, _ = scan.parse_known_args(args)
     except argparse.ArgumentError:  # a flag without its value: tyro says it better
@@ -247,10 +258,12 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
     else:
         base = TrainConfig()
     # A length on the command line replaces the recipe's, of whichever kind that was.
-    if given.epochs is not None and given.kimg is None:
-        base = base.model_copy(update={"kimg": None})
-    if given.kimg is not None and given.epochs is None:
-        base = base.model_copy(update={"epochs": None})
+    for name, other in (
+        *(("kimg", "epochs"), ("epochs", "kimg")),
+        *(("tick_kimg", "tick_epochs"), ("tick_epochs", "tick_kimg")),
+    ):
+        if getattr(given, name) is not None and getattr(given, other) is None:
+            base = base.model_copy(update={other: None})
     return base
 
 
@@ -264,6 +277,10 @@ def made(command: Any) -> Callable[[], int]:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from .trainer import train
 
+        recipe = load_recipe(command.recipe) if command.recipe else None
+        drawn = recipe and "data" not in recipe.model_fields_set and config.data == recipe.data
+        if drawn and _rank() == 0:
+            warn(f"{command.recipe} names no images: it learns from {config.data}, drawn faces")
         return lambda: train(
             config,
             resume=command.resume,
@@ -279,10 +296,22 @@ def made(command: Any) -> Callable[[], int]:
         from . import samples  # noqa: F401
 
         return lambda: _sample(command)
+    if isinstance(command, InterpolateCommand):
+        from . import interpolate  # noqa: F401
+
+        return lambda: _interpolate(command)
+    if isinstance(command, AnimateCommand):
+        from . import animate  # noqa: F401
+
+        return lambda: _animate(command)
     if isinstance(command, EvaluateCommand):
         from .metrics import evaluate  # noqa: F401
 
         return lambda: _evaluate(command)
+    if isinstance(command, ExportCommand):
+        from . import export  # noqa: F401
+
+        return lambda: _export(command)
     if isinstance(command, ReportCommand):
         from . import report  # noqa: F401
 
@@ -330,10 +359,31 @@ def _sample(command: SampleCommand) -> int:
     return 0
 
 
+def _interpolate(command: InterpolateCommand) -> int:
+    from .interpolate import interpolate
+
+    interpolate(command)
+    return 0
+
+
+def _animate(command: AnimateCommand) -> int:
+    from .animate import animate
+
+    animate(command)
+    return 0
+
+
 def _evaluate(command: EvaluateCommand) -> int:
     from .metrics.evaluate import run
 
     run(command)
+    return 0
+
+
+def _export(command: ExportCommand) -> int:
+    from .export import export
+
+    export(command)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -13,6 +14,7 @@ from .config import (
     Crops,
     DataOptions,
     Device,
+    Limit,
     Metric,
     OptionalPath,
     Options,
@@ -23,6 +25,15 @@ from .config import (
 )
 from .errors import UsageError
 from .framing import Filter
+
+MAX_ROWS = 16  # of a grid that is filmed, and columns
+
+Truncation = Annotated[
+    float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=""), Field(gt=0)
+]
+Scale = Annotated[Limit, Field(ge=1, le=64)]
+Fps = Annotated[float, Field(gt=0, le=120)]
+SeedNumber = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Flags(Options):
@@ -98,20 +109,96 @@ class PrepareCommand(Flags, DataOptions):
 class SampleCommand(Flags):
     """Draw images from a trained generator."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run folder, or one checkpoint in it."""
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS")]
+    """A run folder (its newest checkpoint), one checkpoint, an exported folder, or weights
+    (.safetensors or .pth, also of pytorch/examples).
+    """
     count: int = Field(64, ge=1, le=10_000_000)
     """How many images."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the latents; image i of a seed is the same for every --count."""
+    truncation: Truncation = None
+    """Draw anew what is further from 0 than this in a latent: images are more alike, and more often
+    good (default: latents as in training).
+    """
     out: OptionalPath = None
     """The grid to write, .png, .jpg or .webp (default: RUN/samples/sample-seed0.png)."""
     each: OptionalPath = None
     """Write single PNG files into this folder instead of a grid."""
     ema: bool = True
-    """Use the averaged generator; --no-ema takes the weights as trained."""
+    """Of a run, use the averaged generator; --no-ema takes the weights as trained."""
     device: Device = "auto"
     """Where to run."""
+
+
+def split_grid(value: str) -> tuple[int, int]:
+    """Rows and columns of `RxC`, or of `1`."""
+    found = re.fullmatch(r"(\d{1,2})x(\d{1,2})", value) or re.fullmatch(r"(1)()", value)
+    if not found:
+        raise ValueError(f"must be 1 or RxC, rows and columns, got {value!r}")
+    rows, columns = int(found[1]), int(found[2] or 1)
+    if not (1 <= rows <= MAX_ROWS and 1 <= columns <= MAX_ROWS):
+        raise ValueError(f"must have 1 to {MAX_ROWS} rows and columns, got {value!r}")
+    return rows, columns
+
+
+def _grid(value: str) -> str:
+    split_grid(value)
+    return value
+
+
+class InterpolateCommand(Flags):
+    """Film a walk through the latents of a trained generator, from one of its images to another."""
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS")]
+    """A run folder (its newest checkpoint), one checkpoint, an exported folder, or weights
+    (.safetensors or .pth, also of pytorch/examples).
+    """
+    seeds: Annotated[tuple[SeedNumber, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """Walk through the first image of each of these seeds, as `fastgan sample --seed` draws it;
+    instead of --count and --seed.
+    """
+    count: Annotated[Limit, Field(ge=2, le=1000)] = None
+    """Walk through so many images of --seed (default: 4)."""
+    seed: Annotated[Limit, Field(ge=0, lt=2**63)] = None
+    """Seed of the images to walk through (default: 0)."""
+    frames: int = Field(60, ge=1, le=10_000)
+    """Frames from one of them to the next."""
+    fps: Fps = 30.0
+    """Frames a second; at most 50 in a .gif."""
+    loop: bool = True
+    """Walk back to the first image at the end, so that the film has no cut; --no-loop ends with the
+    last one.
+    """
+    grid: Annotated[str, AfterValidator(_grid), tyro.conf.arg(metavar="1|RxC")] = "1"
+    """Several walks at once, in rows and columns: each stop is the next RxC images of --seed, or
+    the first RxC of each of --seeds.
+    """
+    scale: Scale = None
+    """Magnify so many times, each pixel a square (default: to 256 pixels or a little more)."""
+    truncation: Truncation = None
+    """As in `fastgan sample`."""
+    out: OptionalPath = None
+    """The film to write, .webp, .gif or .mp4 (default: RUN/samples/walk-seed0.webp)."""
+    ema: bool = True
+    """Of a run, use the averaged generator; --no-ema takes the weights as trained."""
+    device: Device = "auto"
+    """Where to run."""
+
+
+class AnimateCommand(Flags):
+    """Film how the samples of a run became what they are: its grids, in the order of training."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run folder."""
+    out: OptionalPath = None
+    """The film to write, .webp, .gif or .mp4 (default: RUN/training.webp)."""
+    fps: Fps = 8.0
+    """Grids a second; at most 50 in a .gif."""
+    hold: float = Field(2.0, ge=0, le=60)
+    """Seconds for which the last one is shown."""
+    scale: Scale = None
+    """Magnify so many times, each pixel a square (default: to 256 pixels or a little more)."""
 
 
 def _named(value: str) -> str:
@@ -127,8 +214,9 @@ class EvaluateCommand(Flags):
     """Measure how good generated images are: beside real ones, an untrained generator and noise."""
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS|IMAGES")]
-    """A run folder (its newest checkpoint), one checkpoint, a generator's weights (.safetensors or
-    .pth, also of pytorch/examples), or images of any generator: a folder, a .zip, a cache.
+    """A run folder (its newest checkpoint), one checkpoint, an exported folder, weights of a
+    generator (.safetensors or .pth, also of pytorch/examples), or images of any generator: a
+    folder, a .zip, a cache.
     """
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC", help_behavior_hint="")] = None
     """The real images: a folder, a .zip, a cache or faces:N (default: what the run learned from).
@@ -168,6 +256,31 @@ class EvaluateCommand(Flags):
     """Where to run."""
     out: OptionalPath = None
     """The file that gets a line of JSON (default: metrics.jsonl in the run, else here)."""
+
+
+ExportFormat = Literal["safetensors", "onnx", "torch-examples"]
+
+
+class ExportCommand(Flags):
+    """Write a trained generator into a folder to be used elsewhere, with a model card and samples.
+
+    No data, no path of this machine, and no code is in it.
+    """
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|WEIGHTS")]
+    """A run folder (its newest checkpoint), one checkpoint, an exported folder, or weights
+    (.safetensors or .pth, also of pytorch/examples).
+    """
+    out: Path
+    """Folder to write; new, or empty."""
+    format: Annotated[tuple[ExportFormat, ...], Field(min_length=1)] = ("safetensors",)
+    """safetensors: weights that fastgan loads again, D's too; onnx: the generator for onnxruntime
+    and others; torch-examples: netG.pth and netD.pth of pytorch/examples' dcgan. One or more.
+    """
+    ema: bool = True
+    """Of a run, write the averaged generator; --no-ema takes the weights as trained."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the latents of samples.png."""
 
 
 class ReportCommand(Flags):

@@ -330,9 +330,10 @@ class TrainConfig(NetworkOptions, DataOptions, Source):
             raise ValueError("label_smoothing does not go with loss hinge, which has no targets")
         if self.noise_kimg is not None and not self.instance_noise:
             raise ValueError("noise_kimg needs instance_noise: there is no noise to let fall")
-        if self.r1 and self.sync_bn:
+        if self.r1 and self.sync_bn and self.arch == "dcgan" and not self.spectral_norm:
             raise ValueError(
-                "r1 does not go with sync_bn, whose statistics cannot be differentiated twice"
+                "r1 does not go with sync_bn, whose statistics cannot be differentiated twice: "
+                "with spectral_norm D has none"
             )
         if self.kimg is None and self.epochs is None:
             object.__setattr__(self, "kimg", DEFAULT_KIMG)  # past `frozen`: still being made

@@ -24,6 +24,7 @@ _out = Console(highlight=False, soft_wrap=True, emoji=False)
 _err = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
 _logs: list[Path] = []
 _rank = 0
+_hushed = False
 
 
 def speak_as(rank: int) -> None:
@@ -34,7 +35,7 @@ def speak_as(rank: int) -> None:
 
 def say(line: str) -> None:
     """Print one line to stdout and to the open logs."""
-    if _rank == 0:
+    if _rank == 0 and not _hushed:
         _log(line)
         _print(_out, sys.stdout, line)
 
@@ -78,6 +79,17 @@ def _log(line: str) -> None:
 
 
 @contextmanager
+def hushed() -> Iterator[None]:
+    """Inside the block nothing is said, and no bar is drawn; what is warned of is."""
+    global _hushed
+    before, _hushed = _hushed, True
+    try:
+        yield
+    finally:
+        _hushed = before
+
+
+@contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Copy every line said inside the block to the end of a file."""
     _logs.append(path)
@@ -97,7 +109,7 @@ class Bar:
         self.note = ""
         self._began = self._last = time.monotonic()
         self._rich: Progress | None = None
-        if sys.stdout.isatty() and _rank == 0:
+        if sys.stdout.isatty() and _rank == 0 and not _hushed:
             _out.file = sys.stdout
             self._rich = Progress(
                 TextColumn("{task.description}"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgan_kernels import Adam, Average
 from fastgan_kernels.adam import MOMENTS
 
-from .models import Generator
+from .models import AnyGenerator
 from .precision import Network, low_copy
 
 # The average's half-life is at most this share of the images seen (StyleGAN2-ADA's ema_rampup).
@@ -108,7 +108,7 @@ class Ema:
     """
 
     def __init__(
-        self, source: Generator, average: Generator, batch: int, half_life_img: float
+        self, source: AnyGenerator, average: AnyGenerator, batch: int, half_life_img: float
     ) -> None:
         """`average` is a second generator like `source`, of which it becomes a copy."""
         self.network = average.requires_grad_(False)
@@ -129,6 +129,8 @@ class Ema:
     @torch.no_grad()
     def copy_counts(self) -> None:
         """The integer buffers, after a step of the generator; Adam has moved all else."""
+        if not self._counts:  # nothing is normalised by the batch
+            return
         theirs, ours = zip(*self._counts, strict=True)
         torch._foreach_copy_(ours, theirs)
 

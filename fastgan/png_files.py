@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from .durable import beside
 from .env import cores
 from .errors import RunError
 
-AT_ONCE = 256  # images held in memory
+AHEAD, AHEAD_BYTES = 256, 1 << 28  # that wait to be written at most, while others are made
 
 
 def png_name(number: int, count: int) -> str:
@@ -26,23 +27,37 @@ def png_name(number: int, count: int) -> str:
 def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
     """Write `count` images, uint8 [H, W, 3] each, as 000000.png, 000001.png, ... into `folder`.
 
+    Each is whole under its name, or not there, however the process ends. None is waited for until
+    it is on the disk: after a power cut the last ones may be empty or gone.
+
     Raises:
         RunError: a file cannot be written.
     """
 
-    def write(numbered: tuple[int, np.ndarray]) -> None:
-        number, pixels = numbered
+    def write(number: int, pixels: np.ndarray) -> None:
         with beside(folder / png_name(number, count)) as scratch:
-            # level 1: a fifth larger than the default, several times faster
-            Image.fromarray(pixels).save(scratch, compress_level=1)
+            # Runs alone at level 1: half of the time of Pillow's default, for files that are 1%
+            # larger of photographs of 64 px and 6% of drawn faces (of 256 px 14%), and smaller
+            # than level 1 makes them with matches
+            Image.fromarray(pixels).save(scratch, compress_level=1, compress_type=zlib.Z_RLE)
 
-    waiting = enumerate(images)
-    done = 0
-    # zlib lets go of the interpreter's lock
-    with console.bar("writing", count) as bar, ThreadPoolExecutor(cores()) as pool:
+    # zlib and the disk let go of the interpreter's lock
+    threads, waiting, done = cores(), deque[Future[None]](), 0
+    pool = ThreadPoolExecutor(threads)
+    with console.bar("writing", count) as bar:
         try:
-            while part := list(islice(waiting, AT_ONCE)):
-                done += len(list(pool.map(write, part)))
+            for number, pixels in enumerate(images):
+                waiting.append(pool.submit(write, number, pixels))
+                ahead = max(2 * threads, min(AHEAD, AHEAD_BYTES // pixels.nbytes))
+                while len(waiting) > ahead or (waiting and waiting[0].done()):
+                    waiting.popleft().result()
+                    done += 1
+                bar.update(done)
+            while waiting:
+                waiting.popleft().result()
+                done += 1
                 bar.update(done)
         except OSError as error:
             raise RunError(f"{folder}: {error}; {done:,} of {count:,} images are whole") from None
+        finally:
+            pool.shutdown(cancel_futures=True)

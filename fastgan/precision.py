@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastgan_kernels import BatchNormAct2d
 
+from .models import SpectralNorm
+
 Network = TypeVar("Network", bound=nn.Module)
 
 # torch.amp.GradScaler's: where the scale starts, and what it does after an overflow and after this
@@ -18,13 +20,13 @@ SCALE, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
 
 
 def low_copy(network: Network, dtype: torch.dtype) -> Network:
-    """`network` with the weights of its convolutions in `dtype`, to compute with.
+    """`network` with the weights of its layers in `dtype`, to compute with.
 
-    Its batch norms are the network's own: their parameters and statistics stay float32. The weights
-    are leaves, which backward reaches; nothing keeps them equal to the network's but what writes
-    them (`fastgan_kernels.Adam`).
+    Its batch norms are the network's own: their parameters and statistics stay float32; so are the
+    singular vectors of its spectral norms. The weights are leaves, which backward reaches; nothing
+    keeps them equal to the network's but what writes them (`fastgan_kernels.Adam`).
     """
-    norms = [m for m in network.modules() if isinstance(m, BatchNormAct2d)]
+    norms = [m for m in network.modules() if isinstance(m, BatchNormAct2d | SpectralNorm)]
     low = copy.deepcopy(network, {id(norm): norm for norm in norms})
     shared = {id(p) for norm in norms for p in norm.parameters()}
     for p in low.parameters():

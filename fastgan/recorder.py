@@ -18,14 +18,15 @@ import numpy as np
 import torch
 
 from . import __version__, checkpoint, console
-from .config import to_plain
+from .config import TrainConfig, to_plain
 from .data.on_the_fly import OnTheFly
 from .env import environment, machine_line
 from .errors import RunError, first_line, is_out_of_memory
+from .latents import latents
 from .loggers import TensorBoard
-from .models import convolutions
+from .models import convolutions_of
 from .runlog import Run
-from .samples import generate, grid, latents, save_picture
+from .samples import generate, grid, save_picture
 from .saving import Saver
 from .state import State
 from .stats import StatsLog
@@ -121,7 +122,7 @@ class Recorder:
         """The grid of the fixed latents, from the averaged generator; and the curves so far."""
         state, config = self.state, self.config
         path = self.run.path / "samples" / f"fake-{checkpoint.kimg_name(state.images)}.png"
-        fixed = latents(config.seed, config.grid, config.latent)
+        fixed = latents(config.seed, config.grid, config.latent, config.latent_dist)
         try:
             images = torch.cat(list(generate(state.ema.network, fixed)))
         except (RuntimeError, MemoryError) as error:
@@ -256,14 +257,13 @@ class Recorder:
         """What is on, and why not where not: printed once, at the start."""
         config, state = self.config, self.state
         sizes = [sum(p.numel() for p in side.network.parameters()) for side in (state.g, state.d)]
-        working = state.g.working
-        weight = working.last.weight
-        convs = convolutions(config.size, config.width, weight, working.conv_impl)
         lines = {
             "fastgan": f"{__version__}, torch {torch.__version__}, {machine_line(state.device)}",
             "data": str(self.data),
             "loader": state.loader,
-            "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last; {convs}",
+            "networks": f"G {sizes[0]:,} and D {sizes[1]:,} parameters, channels-last; "
+            f"{convolutions_of(state.g.working)}",
+            **({"objective": told} if (told := _objective(config)) else {}),
             **state.modes.lines,
             **({"processes": state.sharing} if state.ranks.world > 1 else {}),
             "length": (
@@ -277,3 +277,24 @@ class Recorder:
             console.say(f"{name:<10} {value}")
         for line in self.changed:
             console.say(line)
+
+
+def _objective(config: TrainConfig) -> str:
+    """What differs from the plain loss, in words; "" where nothing does."""
+    told: list[str] = [config.loss] if config.loss != "non-saturating" else []
+    if config.label_smoothing:
+        told.append(f"real targets {1 - config.label_smoothing:g}")
+    if config.latent_dist != "normal":
+        told.append(f"{config.latent_dist} latents")
+    if config.spectral_norm:
+        told.append("spectral norm in D")
+    if config.diffaug:
+        told.append(f"D sees images by DiffAugment ({', '.join(config.diffaug)})")
+    if config.instance_noise:
+        falling = f" falling to 0 by {config.noise_kimg:g} kimg" if config.noise_kimg else ""
+        told.append(f"noise of {config.instance_noise:g}{falling}")
+    if config.r1:
+        told.append(
+            f"R1 of {config.r1:g} every {config.r1_every} steps, in float32 by PyTorch's operators"
+        )
+    return "; ".join(told)

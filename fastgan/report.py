@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from . import __version__
-from .charts import CHARTS, svg
+from .charts import CHARTS, DISTANCES, svg
 from .config import TrainConfig, flag_of, recorded_config, to_plain
 from .durable import replace_file
 from .errors import RunError, UsageError
@@ -72,7 +72,7 @@ def page(run: RunFiles) -> bytes:
         "script": Markup(script),
         # the one script that may run, whatever a run's files hold
         "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "charts": [(c.title, Markup(drawn)) for c in CHARTS if (drawn := svg(c, run.rows))],
+        "charts": _charts(run),
         "evaluations": [evaluation(record, run.path.name) for record in reversed(run.records)],
         "evaluate": f"fastgan evaluate {shlex.quote(str(run.path))}",
         "command": _command(run),
@@ -92,6 +92,14 @@ def page(run: RunFiles) -> bytes:
             f"the report of {run.path} would be {len(content):,} bytes: its files are too large"
         )
     return content
+
+
+def _charts(run: RunFiles) -> list[tuple[str, Markup]]:
+    """Titles and drawings."""
+    curves = [(chart, run.rows) for chart in CHARTS]
+    if len(run.distances) > 1:  # of one the table says it all
+        curves.append((DISTANCES, run.distances))
+    return [(c.title, Markup(drawn)) for c, rows in curves if (drawn := svg(c, rows))]
 
 
 def _encoded(text: str) -> bytes:

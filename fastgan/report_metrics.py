@@ -32,6 +32,12 @@ MEASURES = (
     Measure(
         "SWD", ("swd", "mean"), "{:,.2f}", "× 1000; lower is nearer, real images are the floor"
     ),
+    Measure(
+        "SWD (mmagic's form)",
+        ("swd_mmagic", "mean"),
+        "{:,.2f}",
+        "× 1000, of another pyramid: lower is nearer, and does not compare with SWD",
+    ),
     Measure("MS-SSIM", ("ms_ssim",), "{:.3f}", "higher is less diverse; to be near real images", 1),
     Measure("C2ST", ("c2st", "accuracy"), "{:.1%}", "50% cannot be told from real images", 1),
     Measure(
@@ -49,7 +55,8 @@ MEASURES = (
 )
 
 
-def _at(values: Any, keys: Sequence[str]) -> float | None:
+def value_at(values: Any, keys: Sequence[str]) -> float | None:
+    """The number at these keys of a row; None where there is none."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return number(values)
@@ -58,16 +65,13 @@ def _at(values: Any, keys: Sequence[str]) -> float | None:
 def evaluation(record: dict[str, Any], run: str) -> dict[str, Any]:
     """A line of metrics.jsonl for the page: tables, and bars of its measures."""
     rows = record["rows"]
-    levels = {
-        key: None
-        for row in rows
-        for key in (row["swd"] if isinstance(row.get("swd"), dict) else ())
-        if key.isdecimal()
-    }
-    found = [m for m in MEASURES if any(_at(row, m.at) is not None for row in rows)]
-    finer = [Measure(f"SWD {key} px", ("swd", key), "{:,.2f}", "") for key in levels]
-    pixels = [m for m in found if m.at[0] != "inception"]
-    pixels[1:1] = finer
+    found = [m for m in MEASURES if any(value_at(row, m.at) is not None for row in rows)]
+    pixels = [
+        column
+        for m in found
+        if m.at[0] != "inception"
+        for column in (m, *(_levels(m, rows) if m.at[0] in ("swd", "swd_mmagic") else ()))
+    ]
     tables = []
     for columns in (pixels, [m for m in found if m.at[0] == "inception"]):
         body = [
@@ -78,18 +82,27 @@ def evaluation(record: dict[str, Any], run: str) -> dict[str, Any]:
     return {"about": _about(record), "tables": tables, "bars": bars}
 
 
+def _levels(measure: Measure, rows: Sequence[dict[str, Any]]) -> list[Measure]:
+    """The levels of a distance's pyramid, the finest first."""
+    metric = measure.at[0]
+    held = [row[metric] for row in rows if isinstance(row.get(metric), dict)]
+    levels = dict.fromkeys(key for values in held for key in values if key.isdecimal())
+    form = measure.title.removeprefix("SWD")
+    return [Measure(f"SWD {key} px{form}", (metric, key), measure.form, "") for key in levels]
+
+
 def _name(row: dict[str, Any], run: str) -> str:
     name = in_table(row.get("set", "?"))
     return f"this run, {name.removeprefix(f'{run} ')}" if name.startswith(f"{run} ") else name
 
 
 def _cell(measure: Measure, row: dict[str, Any]) -> str:
-    value = _at(row, measure.at)
+    value = value_at(row, measure.at)
     if value is None:
         return "–"
     shown = measure.form.format(value)
     if measure.title == "C2ST":
-        ends = [_at(row, ("c2st", end)) for end in ("low", "high")]
+        ends = [value_at(row, ("c2st", end)) for end in ("low", "high")]
         if None not in ends:
             shown += f" ({ends[0]:.1%} to {ends[1]:.1%})"
     return shown
@@ -99,7 +112,7 @@ def _bars(
     measure: Measure, rows: Sequence[dict[str, Any]], run: str
 ) -> list[tuple[str, Any, str, float]]:
     """Name, role, number and length in percent."""
-    found = [(row, value) for row in rows if (value := _at(row, measure.at)) is not None]
+    found = [(row, value) for row in rows if (value := value_at(row, measure.at)) is not None]
     full = measure.full or max(max(value for _, value in found), 1e-12)
     return [
         (
@@ -128,7 +141,7 @@ def _about(record: dict[str, Any]) -> str:
         parts.append(f"seed {seed:.0f}")
     model: dict[str, Any] = next((row for row in record["rows"] if row.get("role") == "model"), {})
     kinds = {"real": "real", "held_out": "held-out real", "fake": "generated"}
-    shares = [(kind, _at(model, ("d_accuracy", key))) for key, kind in kinds.items()]
+    shares = [(kind, value_at(model, ("d_accuracy", key))) for key, kind in kinds.items()]
     if told := [f"{share:.0%} of {kind}" for kind, share in shares if share is not None]:
         parts.append(f"its D tells rightly {', '.join(told)} images")
     parts.append(in_table(record.get("date") or "no date"))

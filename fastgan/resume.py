@@ -170,7 +170,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return "not set"
     if isinstance(value, list):
-        return " ".join(map(_shown, value))
+        return " ".join(map(_shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

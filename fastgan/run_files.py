@@ -32,6 +32,8 @@ NUMBERS = (
     *(*COLUMNS, "epoch", "img_per_s", "s_per_kimg", "elapsed_s"),
     *("gpu_memory_bytes", "skipped_steps", "diversity"),
 )
+TERMS = ("data", "count", "seed", "ema")  # evaluations compare where these are the same
+PHASES = ("train", "sample", "save", "evaluate")  # of a tick's seconds
 GRID = re.compile(r"fake-(\d{1,9}\.\d{3})kimg\.png")
 AT = re.compile(r" *(\d+\.\d) kimg ")  # how the log says that a grid was written
 MODE = re.compile(r"[a-z][a-z-]*")  # and, in its first ten columns, what is on
@@ -45,7 +47,9 @@ class RunFiles:
     """Attributes:
     config, environment, status: config.json, env.json and run.json; {} where there are none.
     rows: stats.jsonl by `NUMBERS` (None where one is missing) and "seconds".
-    records: metrics.jsonl, oldest first.
+    records: metrics.jsonl, oldest first, the last MAX_RECORDS.
+    distances: by "kimg" the SWD of its checkpoints and of real images ("swd", "floor"): of all
+        records that compare with the last one.
     grids: pictures of samples, by thousands of images.
     warnings: what the log warns of, when (the line of a grid before it), and how often.
     modes: what the run said was on when it last started.
@@ -58,6 +62,7 @@ class RunFiles:
     status: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+    distances: list[Row] = field(default_factory=list)
     grids: list[tuple[float, Path]] = field(default_factory=list)
     warnings: list[tuple[str, str, int]] = field(default_factory=list)
     modes: dict[str, str] = field(default_factory=dict)
@@ -185,8 +190,7 @@ def _row(values: dict[str, Any] | None) -> Row | None:
     row: Row = {name: number(values.get(name)) for name in NUMBERS}
     seconds = values.get("seconds")
     row["seconds"] = {
-        phase: number(seconds.get(phase)) if isinstance(seconds, dict) else None
-        for phase in ("train", "sample", "save")
+        phase: number(seconds.get(phase)) if isinstance(seconds, dict) else None for phase in PHASES
     }
     return row if row["step"] is not None and row["kimg"] is not None else None
 
@@ -206,6 +210,7 @@ def _losses(path: Path) -> list[Row]:
 
 def _read_records(run: RunFiles) -> None:
     damaged = 0
+    found: list[tuple[list[Any], Row]] = []
     try:
         for line in _lines(run.path / "metrics.jsonl"):
             record = _parsed(line)
@@ -215,6 +220,8 @@ def _read_records(run: RunFiles) -> None:
                 continue
             record["rows"] = [row for row in rows if isinstance(row, dict)]
             run.records.append(record)
+            if distance := _distance(record):
+                found.append(distance)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -222,8 +229,24 @@ def _read_records(run: RunFiles) -> None:
     if damaged:
         run.note("metrics", f"metrics.jsonl: {damaged:,} damaged lines are left out.")
     if (more := len(run.records) - MAX_RECORDS) > 0:
-        run.note("metrics", f"metrics.jsonl: {more:,} older evaluations are left out.")
+        run.note("metrics", f"metrics.jsonl: {more:,} older evaluations have no table here.")
         del run.records[:more]
+    if found:
+        last = found[-1][0]
+        alike = {row["kimg"]: row for terms, row in found if terms == last}  # the last of each
+        run.distances = [alike[kimg] for kimg in sorted(alike)]
+
+
+def _distance(record: dict[str, Any]) -> tuple[list[Any], Row] | None:
+    """What an evaluation of a checkpoint compares by, and a row of `distances`."""
+    images, found = number(record.get("images_seen")), {}
+    for role in ("model", "real"):
+        swd = next((row.get("swd") for row in record["rows"] if row.get("role") == role), None)
+        found[role] = number(swd.get("mean")) if isinstance(swd, dict) else None
+    if images is None or found["model"] is None:
+        return None
+    row = {"kimg": images / 1000, "swd": found["model"], "floor": found["real"]}
+    return [record.get(key) for key in TERMS], row
 
 
 def _find_grids(run: RunFiles) -> None:

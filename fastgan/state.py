@@ -21,9 +21,11 @@ from .data.loader import Data, open_feed
 from .distributed import Ranks
 from .errors import RunError, UsageError, first_line, is_out_of_memory
 from .graph import Graphed, warm_up
-from .models import Discriminator, Generator, init_weights
+from .losses import Objective
+from .models import init_weights, make_discriminator, make_generator
 from .modes import Modes
 from .optim import Ema, Trained, copy_into
+from .sight import Sight
 from .stats import Accumulator
 from .step import Step
 
@@ -47,9 +49,8 @@ class State:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes never change: the search pays at once
         random = torch.Generator().manual_seed(config.seed)
-        shape = (config.size, config.latent, config.width, config.pixel_range, modes.impl)
-        g, d = Generator(*shape), Discriminator(config.size, config.width, modes.impl)
-        average = Generator(*shape)
+        g, average = (make_generator(config, modes.impl) for _ in range(2))
+        d = make_discriminator(config, modes.impl)
         init_weights(g, random)
         init_weights(d, random)
         for network in (g, d, average):
@@ -66,6 +67,9 @@ class State:
             self.ema,
             batch=config.batch,
             random=self.random,
+            objective=Objective(config.loss, config.label_smoothing),
+            sight=self._sight(),
+            penalty=config.r1 / 2 * config.r1_every,
             pixel_range=config.pixel_range,
             # two small passes stay in a CPU's caches: 140 img/s against 119 (width 64, batch 128)
             one_pass=device.type == "cuda",
@@ -77,6 +81,7 @@ class State:
         )
         self.stats = Accumulator(device, impl)
         self.advance: Callable[[Batch], Any] = self._advance
+        self.penalised: Callable[[Batch], Any] = self._penalised  # the same with R1
         self.step_count = self.images = 0
         self._looked = (0, self.random.get_state())  # at the last step known to be finite
         self._pace = Pace(device)
@@ -84,7 +89,23 @@ class State:
     def close(self) -> None:
         """End what works ahead of the steps, and let go of the graph: NCCL waits for that."""
         self.feed.close()
-        self.advance = self._advance
+        self.advance, self.penalised = self._advance, self._penalised
+
+    def _sight(self) -> Sight | None:
+        """What D sees of images, where that is not all."""
+        config, ranks = self.config, self.ranks
+        if not (config.diffaug or config.instance_noise):
+            return None
+        share = config.batch // ranks.world
+        return Sight(
+            config.size,
+            config.batch,
+            slice(ranks.rank * share, (ranks.rank + 1) * share),
+            config.diffaug,
+            config.instance_noise,
+            pixel_range=config.pixel_range,
+            device=self.device,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -117,12 +138,24 @@ class State:
     def take(self, batch: Batch) -> None:
         """One step, of the feed's next batch."""
         self._pace.wait()
-        self.advance(batch)
+        self._set_noise()
+        penalised = self.config.r1 and self.step_count % self.config.r1_every == 0
+        (self.penalised if penalised else self.advance)(batch)
         self.step_count += 1
         self.images += self.config.batch
 
     def _advance(self, batch: Batch) -> None:
         self.stats.add(self.step(batch), self.step.health.frozen)
+
+    def _penalised(self, batch: Batch) -> None:
+        self.stats.add(self.step(batch, penalised=True), self.step.health.frozen)
+
+    def _set_noise(self) -> None:
+        """The noise's standard deviation in the step to come: a function of the images so far."""
+        config, sight = self.config, self.step.sight
+        if config.noise_kimg is not None and sight is not None and sight.noise_std is not None:
+            left = max(0.0, 1 - self.images / (config.noise_kimg * 1000))
+            sight.noise_std.fill_(config.instance_noise * left)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that a step changes and a later one reads."""
@@ -139,10 +172,13 @@ class State:
         index = torch.arange(share, device=self.device) % len(self.feed.images)
         batch = Batch(self.feed.images, index)
         with compiling.explained():
+            state = (batch, self.tensors(), self.random)
             if self.modes.graph:
-                self.advance = Graphed(self._advance, batch, self.tensors(), self.random)
+                self.advance = Graphed(self._advance, *state)
+                if self.config.r1:
+                    self.penalised = Graphed(self._penalised, *state)
             else:
-                warm_up(self._advance, batch, self.tensors(), self.random)
+                warm_up(self._penalised if self.config.r1 else self._advance, *state)
         console.say(f"ready      after a warm-up of {time.perf_counter() - began:.1f} s")
 
     def undo_frozen(self) -> int:

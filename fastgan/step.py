@@ -15,11 +15,14 @@ whatever changes from step to step is a tensor: the whole of it can be captured 
 Of several processes each takes its share of the batch: all draw the whole batch's latents and flips
 and use their rows, and each network's gradients are averaged before its Adam (`distributed.py`).
 What is not finite changes nothing (`health.py`).
+
+With R1 a step may carry the penalty: it is computed by float32's own network and PyTorch's own
+operators, which can be differentiated twice, and its gradient is added to D's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,10 +36,12 @@ from .config import PixelRange
 from .data.feed import Batch
 from .distributed import Mean, Ranks, sum_over_ranks
 from .health import Health
-from .losses import d_non_saturating, g_non_saturating, widen
-from .models import Discriminator, Generator
+from .losses import Objective
+from .models import AnyDiscriminator, AnyGenerator, SpectralDiscriminator
 from .optim import Ema, Trained
+from .penalty import plain, r1
 from .precision import LossScale
+from .sight import AGAIN, FAKE, REAL, Sight
 
 ALIGNED_BYTES = 16  # of a row that tensor cores load whole
 
@@ -59,7 +64,12 @@ class Step:
         g, d: the networks with what trains them, in training mode.
         ema: the averaged generator that G's Adam moves; None for none.
         batch: images a step, B, of all ranks together.
-        random: the generator that latents are drawn from, on the networks' device.
+        random: the generator that latents, flips and what D's sight needs are drawn from, on the
+            networks' device.
+        objective: what the two minimise (default: the non-saturating losses).
+        sight: what D sees of an image; None: the image.
+        penalty: the weight of the mean squared gradient of D at real images, in the steps that
+            carry it.
         flip: mirror each real image left to right with probability 1/2.
         one_pass: real and fake through D together; False for two passes, which is the same
             function.
@@ -73,12 +83,15 @@ class Step:
 
     def __init__(
         self,
-        g: Trained[Generator],
-        d: Trained[Discriminator],
+        g: Trained[AnyGenerator],
+        d: Trained[AnyDiscriminator],
         ema: Ema | None,
         *,
         batch: int,
         random: torch.Generator,
+        objective: Objective | None = None,
+        sight: Sight | None = None,
+        penalty: float = 0.0,
         pixel_range: PixelRange = (-1.0, 1.0),
         flip: bool = False,
         one_pass: bool = True,
@@ -90,6 +103,8 @@ class Step:
         weight = next(g.working.parameters())
         self.g, self.d, self.ema = g, d, ema
         self.random, self.pixel_range = random, pixel_range
+        self.objective = objective or Objective()
+        self.sight, self.penalty = sight, penalty
         self.one_pass, self.impl = one_pass, impl
         self.dtype, self.device = weight.dtype, weight.device
         self.scale = LossScale(self.device, self.dtype == torch.float16)
@@ -115,11 +130,13 @@ class Step:
             for part in ("_make", "_judge", "_fool"):
                 setattr(self, part, compiled(getattr(self, part)))
 
-    def __call__(self, batch: Batch) -> StepStats:
+    def __call__(self, batch: Batch, penalised: bool = False) -> StepStats:
         """Update D, then G, on `batch` (this rank's share of B images of the resident set) and
-        fresh latents.
+        fresh latents; `penalised`: with R1.
         """
         self.health.begin()
+        if isinstance(self.d.network, SpectralDiscriminator):
+            self.d.network.iterate()
         real = gather_u8(
             batch.images,
             batch.index,
@@ -129,11 +146,12 @@ class Step:
             impl=self.impl,
         )
         self.draw_latents()
+        self._draw_sight()
         mine = self.latents[self._share]
         if self.dtype != mine.dtype:
             mine = self._z.copy_(mine)
         fake = self._make(mine)
-        d_loss, d_real, d_fake = self._update_d(real, fake.detach())
+        d_loss, d_real, d_fake = self._update_d(real, fake.detach(), penalised)
         g_loss = self._update_g(fake)
         self.scale.update(self.health.bad)
         if self.ema is not None:
@@ -144,10 +162,18 @@ class Step:
         """Draw what a step draws, in its order."""
         self._draw_flips()
         self.draw_latents()
+        self._draw_sight()
 
     def draw_latents(self) -> None:
-        """Fill the static latents [B, latent] from N(0, 1)."""
-        self.latents.normal_(generator=self.random)
+        """Fill the static latents [B, latent] from N(0, 1) or U(-1, 1)."""
+        if self.g.network.latent_dist == "uniform":
+            self.latents.uniform_(-1, 1, generator=self.random)
+        else:
+            self.latents.normal_(generator=self.random)
+
+    def _draw_sight(self) -> None:
+        if self.sight is not None:
+            self.sight.draw(self.random)
 
     def _draw_flips(self) -> Tensor | None:
         """bool [share], which images to mirror."""
@@ -168,23 +194,42 @@ class Step:
 
     def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """D's loss, mean D(x) and mean D(G(z))."""
+        real, fake = self._seen(real, REAL), self._seen(fake, FAKE)
         if self.one_pass:
             on_real, on_fake = self._logits(torch.cat([real, fake]), 2).chunk(2)
         else:
             on_real, on_fake = self._logits(real, 1), self._logits(fake, 1)
-        d_real, d_fake = (widen(logits.detach()).sigmoid().mean() for logits in (on_real, on_fake))
-        return d_non_saturating(on_real, on_fake), d_real, d_fake
+        d_real, d_fake = (
+            self.objective.probability(logits.detach()).mean() for logits in (on_real, on_fake)
+        )
+        return self.objective.d(on_real, on_fake), d_real, d_fake
 
     def _fool(self, fake: Tensor) -> Tensor:
         """G's loss."""
-        return g_non_saturating(self._logits(fake, 1))
+        return self.objective.g(self._logits(self._seen(fake, AGAIN), 1))
 
     def _logits(self, images: Tensor, groups: int) -> Tensor:
         return self.d.working(images, groups)
 
-    def _update_d(self, real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
+    def _seen(self, images: Tensor, look: int) -> Tensor:
+        return images if self.sight is None else self.sight(images, look)
+
+    def _update_d(self, real: Tensor, fake: Tensor, penalised: bool) -> tuple[Tensor, ...]:
         loss, d_real, d_fake = self._judge(real, fake)
-        return self._descend(loss, "d", self.d, d_real, d_fake)
+        added = self._penalty_grads(real) if penalised else ()
+        return self._descend(loss, "d", self.d, d_real, d_fake, added=added)
+
+    def _penalty_grads(self, real: Tensor) -> tuple[Tensor, ...]:
+        """Of the penalty, for every parameter of D, in the type that weights are kept in."""
+        network = self.d.network
+        seen = self._seen(real, REAL).to(self.latents.dtype)
+        with plain(network):
+            penalty = self.penalty * r1(network, seen)
+            # where D is made of ReLUs alone, a bias has no part in its gradient
+            grads = torch.autograd.grad(
+                self.scale(penalty), list(network.parameters()), materialize_grads=True
+            )
+        return grads
 
     def _update_g(self, fake: Tensor) -> Tensor:
         with without_gradients(self.d.working):
@@ -192,12 +237,21 @@ class Step:
         return self._descend(loss, "g", self.g)[0]
 
     def _descend(
-        self, loss: Tensor, name: str, side: Trained[Any], *numbers: Tensor
+        self,
+        loss: Tensor,
+        name: str,
+        side: Trained[Any],
+        *numbers: Tensor,
+        added: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """One update of a network; returns loss and numbers, of the whole batch."""
+        """One update of a network by the loss's gradients and those `added`; returns loss and
+        numbers, of the whole batch.
+        """
         leaves = side.adam.leaves()
         # not backward(), which may copy a gradient to accumulate it, and on a stream of its own
         grads = torch.autograd.grad(self.scale(loss), leaves)
+        if added:
+            grads = tuple(a + b.to(a.dtype) for a, b in zip(grads, added, strict=True))
         numbers = (loss.detach(), *numbers)
         if self._means:
             numbers = self._means[name](grads, numbers)

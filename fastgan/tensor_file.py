@@ -2,7 +2,8 @@
 whole in memory.
 
     8 bytes    the header's length, little-endian
-    header     JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}}, spaces up to 8 bytes
+    header     JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}}, spaces up to 8 bytes;
+               {"__metadata__": {name: text}} before them, where there is any
     tensors    row-major, one after another; wide types first, so that each begins on its boundary
 
 safetensors' own writers make two copies of it in memory (`save`), or leave it readable for its
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,8 +76,10 @@ def _dtype(t: Tensor | Plain) -> str:
 Tensors = Mapping[str, Tensor] | Mapping[str, Plain]
 
 
-def write_tensors(path: Path, tensors: Tensors) -> tuple[int, str]:
-    """Write a new file and return its bytes and its SHA-256.
+def write_tensors(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Write a new file and return its bytes and its SHA-256; `metadata` is what it says of itself.
 
     Tensors that share memory are written under each of their names. One that is not row-major on
     the CPU is copied while it is written; the others are not.
@@ -85,7 +88,7 @@ def write_tensors(path: Path, tensors: Tensors) -> tuple[int, str]:
         OSError: it could not be written.
         TypeError: a tensor is of a type that the format does not have.
     """
-    return write_hashed(path, _pieces(tensors))
+    return write_hashed(path, _pieces(tensors, metadata))
 
 
 def file_bytes(tensors: Tensors) -> int:
@@ -97,8 +100,11 @@ def _ordered(tensors: Tensors) -> dict[str, Tensor | Plain]:
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 
-def _header(ordered: Mapping[str, Tensor | Plain]) -> bytes:
-    entries, end = {}, 0
+def _header(
+    ordered: Mapping[str, Tensor | Plain], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, t in ordered.items():
         begin, end = end, end + t.nbytes
         offsets = [begin, end]
@@ -108,9 +114,11 @@ def _header(ordered: Mapping[str, Tensor | Plain]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
+def _pieces(
+    tensors: Tensors, metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     ordered = _ordered(tensors)
-    yield _header(ordered)
+    yield _header(ordered, metadata)
     for t in ordered.values():
         content = (t if isinstance(t, Plain) else plain(t)).content
         for at in range(0, len(content), PIECE_BYTES):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .data.prepare import default_root
 from .distributed import Ranks, Stop
 from .env import memory_line
 from .errors import RunError, UsageError, first_line, is_out_of_memory
+from .evaluations import Evaluations, check_images, check_metrics
 from .health import explain
 from .loggers import check_logger
 from .modes import Modes, pick_modes
@@ -31,6 +32,7 @@ from .resume import SET, allowed_changes, check_changes, run_of, run_to_resume
 from .runlog import Run
 from .signals import noted
 from .state import State
+from .warm_start import warm_start
 
 # What may differ between the processes of a run: where things lie, and what rank 0 alone does.
 OWN = {"data", "out", "cache", "loader", "decoder", "on_bad", "keep_checkpoints"}
@@ -45,6 +47,7 @@ def train(
     allow_change: Collection[str] = (),
     elastic: bool = False,
     exit_zero: bool = False,
+    began: Callable[[Path], object] | None = None,
 ) -> int:
     """`fastgan train`: returns 0, or 128 + the signal that ended the run after a save.
 
@@ -53,6 +56,7 @@ def train(
         allow_change: options that may differ from the run's though they are part of what it is.
         elastic: the number of processes may differ from the run's.
         exit_zero: return 0 after SIGTERM and SIGUSR1, too.
+        began: is told the run's folder, once there is one.
     """
     config = config.model_copy(update={"data": absolute(config.data, "--data")})
     ranks = Ranks.from_environment()
@@ -66,7 +70,7 @@ def train(
     try:
         with ExitStack() as stack:  # signals stay noted until all is closed
             allowed = allowed_changes(allow_change)
-            code = _train(config, modes, ranks, resume, allowed, elastic, stack)
+            code = _train(config, modes, ranks, resume, allowed, elastic, stack, began)
             ranks.leave(failed=False)
         failed = False
     except (RuntimeError, MemoryError) as error:
@@ -108,11 +112,13 @@ def _train(
     allow_change: Collection[str],
     elastic: bool,
     outer: ExitStack,
+    began: Callable[[Path], object] | None,
 ) -> int:
     found = None
     _check_alike(config, modes, ranks)
     with ranks.together():
         if ranks.first:
+            check_metrics(config)
             found = run_to_resume(config, resume, allow_change)
             if found is None:
                 check_folder(config.out, "--out")
@@ -120,6 +126,7 @@ def _train(
     with ExitStack() as stack:
         with ranks.together():
             data = stack.enter_context(closing(open_data(config, ranks.local_world)))
+            check_images(config, data)
         if modes.compile:
             compiling.keep_in((config.cache or default_root()) / "compiled")
         with ranks.together():
@@ -136,6 +143,9 @@ def _train(
                     saved = checkpoint.find(Path(start))
                     # the newest that looked whole may not have been
                     changed = check_changes(config, saved.path, saved.meta, allow_change)
+        path = ranks.share(str(run.path) if run is not None else None)
+        if began is not None:
+            began(Path(path))
         if start is not None:
             other_images = not set(SET).isdisjoint(allow_change)
             state.load(saved, other_images, elastic)
@@ -148,6 +158,8 @@ def _train(
                 if run is not None and saved is not None and saved.path == paths[-1]:
                     run.finish(state.step_count, state.images)
                 return 0
+        else:
+            warm_start(state)
         recorder = None
         if run is not None:
             recorder = stack.enter_context(closing(Recorder(run, state, saved, changed)))
@@ -181,7 +193,9 @@ class Trainer:
     def __init__(self, state: State, recorder: Recorder | None) -> None:
         self.config, self.state, self.recorder = state.config, state, recorder
         self.ranks, self.device = state.ranks, state.device
-        self.seconds = {"sample": 0.0, "save": 0.0}  # since the last tick
+        self.evaluations = Evaluations(state, recorder)
+        self.caught: list[int] = []  # signals
+        self.seconds = {"sample": 0.0, "save": 0.0, "evaluate": 0.0}  # since the last tick
 
     def run(self, outer: ExitStack) -> int:
         """Train to the end, or to a signal; the status in run.json says which. Signals are noted
@@ -193,11 +207,11 @@ class Trainer:
                 if recorder is not None:
                     recorder.begin()
             state.warm_up()  # before signals wait for a step: there is nothing to save yet
-            caught = outer.enter_context(noted())
+            self.caught = outer.enter_context(noted())
             if recorder is not None:
                 recorder.first_pictures()
             with compiling.no_recompiles(state.modes.compile):
-                stopped = self._loop(caught)
+                stopped = self._loop()
             with self.ranks.together():
                 self._finish()
             done = state.step_count >= state.total_steps
@@ -210,19 +224,21 @@ class Trainer:
             raise
         return 0 if done else 128 + stopped
 
-    def _loop(self, caught: list[int]) -> int:
+    def _loop(self) -> int:
         """Step after step; returns the signal that ended it, or 0 at the run's end."""
         config, state = self.config, self.state
         self.began = self.tick_start = time.perf_counter()
         self.tick_images = state.images
-        stop = Stop(self.ranks, caught, state.step_count)
+        stop = Stop(self.ranks, self.caught, state.step_count)
         with console.bar("training", state.total_images / 1000, "kimg", state.images / 1000) as bar:
+            if self._evaluation_due() and self.evaluations.missing():
+                self._evaluate(bar)  # the run had stopped before it, or in its midst
             while self._left():
                 if number := stop.by(state.step_count):
                     return number
                 self._next()
                 bar.update(state.images / 1000, bar.note or "first tick")
-                if self._due(config.tick_kimg, TICK_SHARE):
+                if self._due(self._tick_kimg(), TICK_SHARE):
                     row = self._tick()
                     bar.update(state.images / 1000, f"{row['img_per_s']:,.0f} img/s")
                 if not self._left():
@@ -231,6 +247,8 @@ class Trainer:
                     self._sample()
                 if self._due(config.save_kimg, SAVE_SHARE):
                     self._save()
+                if self._evaluation_due():
+                    self._evaluate(bar)
         return 0
 
     def _left(self) -> int:
@@ -254,6 +272,12 @@ class Trainer:
                 f"train --resume {shlex.quote(str(recorder.run.path))} goes on"
             ) from None
         state.take(batch)  # what fails in it, a rank that is gone, leaves half a step
+
+    def _tick_kimg(self) -> float | None:
+        config = self.config
+        if config.tick_epochs is not None:
+            return config.tick_epochs * self.state.data.count / 1000
+        return config.tick_kimg
 
     def _due(self, every_kimg: float | None, share: float) -> bool:
         """Whether the last step crossed a multiple of the interval: a function of the images."""
@@ -301,8 +325,18 @@ class Trainer:
             if self.recorder is not None:
                 self.recorder.save()
 
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval_kimg
+        return every is not None and self.state.step_count > 0 and self._due(every, 0)
+
+    def _evaluate(self, bar: console.Bar | None = None) -> None:
+        with self._timed("evaluate"):
+            self._check_health()
+            self.state.check_same_weights()
+            self.evaluations.evaluate(bar, self.caught)
+
     def _finish(self) -> None:
-        """The last tick, checkpoint and grid."""
+        """The last tick, checkpoint and grid, and evaluation."""
         self._check_health()
         self.state.check_same_weights()
         if not self._left() and self.state.images > self.tick_images:
@@ -310,6 +344,8 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.save_now()  # before the picture: it is what must not be lost
             self.recorder.sample()
+        if self.config.eval_kimg and not self._left():
+            self._evaluate()
 
     def _check_health(self) -> None:
         """End the run if a step since the last look was not finite: with the state before it."""

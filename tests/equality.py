@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from fastgan.data.feed import Batch
 from fastgan.distributed import Ranks
 from fastgan.graph import Graphed
-from fastgan.models import Discriminator, Generator
+from fastgan.losses import Objective
+from fastgan.models import Discriminator, Generator, SpectralDiscriminator
 from fastgan.optim import MOMENTS, Ema, Trained
 from fastgan.reference import Reference
+from fastgan.sight import Sight
 from fastgan.step import Step, StepStats
 
 STEPS = 20
@@ -90,12 +92,27 @@ def make_step(
     flip: bool = False,
     ranks: Ranks | None = None,
     sync_bn: bool = False,
+    objective: Objective | None = None,
+    policies: tuple = (),
+    noise: float = 0.0,
+    penalty: float = 0.0,
+    latent_dist: str = "normal",
+    spectral: bool = False,
 ) -> Step:
     """The fast step, its latents seeded as the reference's."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (case.size, case.latent, case.width)
-    g = Generator(*shape, impl=impl).to(device, dtype).to(memory_format=layout)
-    d = Discriminator(case.size, case.width, impl).to(device, dtype).to(memory_format=layout)
+    g = Generator(*shape, impl=impl, latent_dist=latent_dist)
+    d = (SpectralDiscriminator if spectral else Discriminator)(case.size, case.width, impl)
+    if spectral:
+        d.reset(torch.Generator().manual_seed(SEED))
+    for network in (g, d):
+        network.to(device, dtype).to(memory_format=layout)
+    sight = None
+    if policies or noise:
+        world, rank = (ranks.world, ranks.rank) if ranks is not None else (1, 0)
+        mine = slice(rank * case.batch // world, (rank + 1) * case.batch // world)
+        sight = Sight(case.size, case.batch, mine, policies, noise, dtype=dtype, device=device)
     ema = None
     if with_ema:
         average = Generator(*shape, impl=impl).to(device, dtype).to(memory_format=layout)
@@ -106,6 +123,9 @@ def make_step(
         ema,
         batch=case.batch,
         random=torch.Generator(device).manual_seed(SEED),
+        objective=objective,
+        sight=sight,
+        penalty=penalty,
         flip=flip,
         one_pass=one_pass,
         compile=compile,

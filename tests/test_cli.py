@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastgan import modes
@@ -98,8 +99,8 @@ def test_wrong_flags_and_values(capsys, tmp_path):
         capsys, "train", "--pixel-range", "0", "2"
     )
     assert "only one may be given" in refused(capsys, "train", "--kimg", "1", "--epochs", "1")
-    assert "train, prepare, sample, evaluate, report, faces, info" in refused(capsys, "trian")
-    assert "--recipe must be a TOML file or one of quickstart" in refused(
+    assert "train, prepare, sample, interpolate, animate" in refused(capsys, "trian")
+    assert "--recipe must be a TOML file or one of celeba112" in refused(
         capsys, "train", "--recipe", "nothing"
     )
     assert "--count must be greater" in refused(capsys, "faces", "--out", tmp_path, "--count", "0")
@@ -174,8 +175,10 @@ def test_wrong_resume(capsys, tmp_path, run):
 
 
 def test_wrong_runs_to_sample(capsys, tmp_path, run):
-    assert "no such run" in refused(capsys, "sample", tmp_path / "none")
-    assert "neither a run folder nor a checkpoint" in refused(capsys, "sample", tmp_path)
+    assert f"no such path: {tmp_path / 'none'}" in refused(capsys, "sample", tmp_path / "none")
+    assert "RUN must be a run, a checkpoint, an exported folder or weights" in refused(
+        capsys, "sample", tmp_path
+    )
     assert "--out must end in .png" in refused(capsys, "sample", run, "--out", tmp_path / "a.bmp")
     assert "give one of them" in refused(
         capsys, "sample", run, "--out", tmp_path / "a.png", "--each", tmp_path / "b"
@@ -186,9 +189,20 @@ def test_wrong_runs_to_sample(capsys, tmp_path, run):
     assert "at most 4,096 for a grid" in refused(capsys, "sample", run, "--count", "5000")
 
 
+def test_out_of_memory_is_said_in_a_line(capsys, monkeypatch):
+    def no_room(command):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB\nand more")
+
+    monkeypatch.setattr("fastgan.samples.sample", no_room)
+    assert main(["sample", "run"]) == 1
+    assert capsys.readouterr().err == (
+        "fastgan: out of memory (tried to allocate 9 GiB): ask for less at once\n"
+    )
+
+
 def test_flag_beats_recipe_beats_default(capsys, tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text("batch = 32\nwidth = 16\nepochs = 2.0\n")
+    path.write_text("batch = 32\nwidth = 16\nepochs = 2.0\ntick_epochs = 1.0\n")
 
     def resolved(*args):
         assert main(["train", "--recipe", str(path), "--dry-run", *args]) == 0
@@ -201,6 +215,9 @@ def test_flag_beats_recipe_beats_default(capsys, tmp_path):
     longer = resolved("--kimg", "7")
     assert longer["kimg"] == 7.0 and "epochs" not in longer
     assert resolved("--kimg=1000")["kimg"] == 1000.0  # the default's value, said explicitly
+    often = resolved("--tick-kimg", "2")
+    assert often["tick_kimg"] == 2.0 and "tick_epochs" not in often
+    assert resolved("--tick-epochs=3")["tick_epochs"] == 3.0
 
 
 def test_dry_run_prints_what_recipe_reads_back(capsys, tmp_path):

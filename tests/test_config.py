@@ -72,6 +72,29 @@ def test_the_length_is_kimg_or_epochs():
         TrainConfig(kimg=2, epochs=3)
 
 
+TOGETHER = [
+    (
+        {"arch": "two-rate"},
+        "arch two-rate has latent 125 and no other, got 100; the recipe two-rate64",
+    ),
+    ({"arch": "two-rate-autoencoder", "latent": 12288}, "pixel_range 0 1 and no other, got -1 1"),
+    ({"loss": "hinge", "label_smoothing": 0.1}, "does not go with loss hinge"),
+    ({"noise_kimg": 10}, "noise_kimg needs instance_noise"),
+    ({"r1": 1, "sync_bn": True}, "r1 does not go with sync_bn"),
+    ({"tick_kimg": 1, "tick_epochs": 1}, "give one of them"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), TOGETHER, ids=[said for _, said in TOGETHER])
+def test_options_that_do_not_go_together(values, said):
+    with pytest.raises(ValidationError, match=said):
+        TrainConfig(**values)
+
+
+def test_r1_goes_with_sync_bn_where_d_has_no_batch_norm():
+    assert TrainConfig(r1=1, sync_bn=True, spectral_norm=True).r1 == 1
+
+
 WRONG = [
     ({"batch": "many"}, "batch must be a valid integer, got 'many'"),
     ({"batch": "128"}, "batch must be a valid integer"),  # text that looks like a number is text
@@ -110,7 +133,7 @@ def test_shipped_recipes_are_valid(name):
 
 def test_a_missing_recipe_names_the_closest():
     with pytest.raises(
-        UsageError, match="one of quickstart.*got 'quikstart'; did you mean quickst"
+        UsageError, match="one of celeba112.*quickstart.*got 'quikstart'; did you mean quickst"
     ):
         load_recipe("quikstart")
 

@@ -29,6 +29,7 @@ from fastgan.data.face_files import write_faces
 from fastgan.data.feed import Sampler
 from fastgan.distributed import Mean, Ranks, Stop
 from fastgan.errors import RunError, UsageError
+from fastgan.models import init_weights
 from fastgan.state import State
 from fastgan.trainer import train
 from ranks import Started, in_ranks
@@ -391,6 +392,28 @@ def test_each_rank_takes_its_own_rows_of_the_same_latents_flips_and_images():
         for (name, t), was in zip(weights.items(), before, strict=True):
             off = np.linalg.norm(mine[name] - t) / np.linalg.norm(t - was)
             assert off <= FLOAT64_TOLERANCE, name
+
+
+LOOKS = {"policies": ("color", "translation", "cutout"), "noise": 0.2, "spectral": True}
+
+
+def options_alike(ranks, steps):
+    """Weights after steps with what D sees changed, and R1 in each: nothing is read of a batch."""
+    made = make_step(CASE, torch.float64, ranks=ranks, penalty=1.0, sync_bn=True, **LOOKS)
+    init_weights(made.g.network, torch.Generator().manual_seed(1))
+    init_weights(made.d.network, torch.Generator().manual_seed(2))
+    start = {name: t.copy() for name, t in arrays(made).items()}
+    for batch in batches(CASE, steps):
+        made(share(ranks, batch), penalised=True)
+    return start, arrays(made)
+
+
+def test_ranks_augment_add_noise_and_penalise_as_one_process_does():
+    start, whole = options_alike(Ranks(), 5)
+    for _, mine in in_ranks(2, options_alike, 5):
+        for name, t in whole.items():
+            off = np.linalg.norm(mine[name] - t)
+            assert off <= FLOAT64_TOLERANCE * max(np.linalg.norm(t - start[name]), 1e-3), name
 
 
 def forced(ranks, low):

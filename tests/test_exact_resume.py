@@ -73,6 +73,11 @@ KINDS = {
     "float16": ("--amp", "--amp-dtype=fp16"),
     "bfloat16": ("--amp", "--amp-dtype=bf16"),
     "stream": ("--loader=stream",),
+    "options": (
+        *("--loss=hinge", "--spectral-norm", "--diffaug", "color", "translation", "cutout"),
+        *("--latent-dist=uniform", "--instance-noise=0.2", "--noise-kimg=0.06"),
+        *("--r1=1", "--r1-every=3", "--amp", "--amp-dtype=bf16"),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from equality import Case, batches, make_step
 from fastgan.data.feed import Batch
 from fastgan.errors import RunError
 from fastgan.graph import WARM_UP, Graphed, warm_up
+from fastgan.losses import Objective
 from fastgan.stats import Accumulator
 from fastgan.step import Step
 from tape import in_the_place_of_cuda
@@ -26,6 +27,15 @@ KINDS = {
     "kernels": {"impl": "triton"},
     "kernels, bf16": {"impl": "triton", "amp_dtype": torch.bfloat16},
     "kernels, fp16": {"impl": "triton", "amp_dtype": torch.float16},
+    "options": {
+        "objective": Objective("hinge"),
+        "policies": ("color", "translation", "cutout"),
+        "noise": 0.1,
+        "penalty": 1.0,
+        "latent_dist": "uniform",
+        "spectral": True,
+    },
+    "R1, kernels, bf16": {"penalty": 1.0, "impl": "triton", "amp_dtype": torch.bfloat16},
 }
 if torch.cuda.is_available():  # torch.compile refuses to run under a tape
     KINDS |= {f"{name}, compiled": {**how, "compile": True} for name, how in KINDS.items()}
@@ -51,7 +61,7 @@ class Loop:
         self.state = [*self.step.tensors(), *self.stats.tensors().values()]
 
     def advance(self, batch: Batch):
-        stats = self.step(batch)
+        stats = self.step(batch, penalised=self.step.penalty > 0)
         self.stats.add(stats, self.step.health.frozen)
         return stats
 

@@ -60,7 +60,19 @@ ROWS = [
     ("kernels", CODE, "auto", "torch", "auto", "torch"),
     ("device", CODE, "auto", "cpu", "auto", "cpu"),
     ("seed", NAMED, 999, 5, "999", "5"),
+    ("arch", NEVER, "dcgan", "two-rate", "dcgan", "two-rate"),
     ("latent", NEVER, 8, 16, "8", "16"),
+    ("latent_dist", NEVER, "normal", "uniform", "normal", "uniform"),
+    ("spectral_norm", NEVER, False, True, "False", "True"),
+    ("init_g", NAMED, None, "netG.pth", "not set", "netG.pth"),
+    ("init_d", NAMED, None, "netD.pth", "not set", "netD.pth"),
+    ("loss", TOLD, "non-saturating", "hinge", "non-saturating", "hinge"),
+    ("label_smoothing", TOLD, 0.0, 0.1, "0", "0.1"),
+    ("instance_noise", TOLD, 0.0, 0.1, "0", "0.1"),
+    ("noise_kimg", TOLD, None, 50.0, "not set", "50"),
+    ("diffaug", TOLD, (), ("color", "cutout"), "none", "color cutout"),
+    ("r1", TOLD, 0.0, 10.0, "0", "10"),
+    ("r1_every", TOLD, 16, 4, "16", "4"),
     ("width", NEVER, 4, 8, "4", "8"),
     ("pixel_range", NEVER, (-1.0, 1.0), (0.0, 1.0), "-1 1", "0 1"),
     ("lr_g", TOLD, 2e-4, 1e-4, "0.0002", "0.0001"),
@@ -73,6 +85,10 @@ ROWS = [
     ("tick_kimg", FREE, None, 1.0, "", ""),
     ("sample_kimg", FREE, None, 1.0, "", ""),
     ("save_kimg", FREE, 1.0, None, "", ""),
+    ("tick_epochs", FREE, None, 1.0, "", ""),
+    ("eval_kimg", FREE, None, 1.0, "", ""),
+    ("eval_count", FREE, 64, 128, "", ""),
+    ("eval_metrics", FREE, ("swd",), ("swd", "c2st"), "", ""),
     ("keep_checkpoints", FREE, 3, 9, "", ""),
     ("grid", FREE, 64, 16, "", ""),
     ("logger", FREE, "none", "tensorboard", "", ""),
@@ -109,6 +125,10 @@ def read(path):
 
 
 def with_(key, value, **others):
+    if key == "noise_kimg":
+        others["instance_noise"] = 0.1
+    if value == "two-rate":
+        others |= {"size": 64, "latent": 125, "width": 64, "pixel_range": (0.0, 1.0)}
     return TrainConfig(**{"kimg": None, "epochs": None, **SMALL, **others, key: value})
 
 
@@ -171,7 +191,7 @@ def test_all_refusals_are_told_at_once_and_lines_in_the_order_of_the_options(tmp
     run = plant(tmp_path, TrainConfig(**SMALL))
     other = TrainConfig(**SMALL | {"batch": 16, "width": 8}, seed=5, lr_g=1e-4)
     said = refused(other, run, "seed").splitlines()
-    assert [line.split()[0] for line in said] == ["--batch", "--width"]
+    assert [line.split()[0] for line in said] == ["--width", "--batch"]
     assert capsys.readouterr().out == ""  # nothing is told of a run that does not go on
     other = TrainConfig(**SMALL | {"batch": 16}, seed=5, lr_g=1e-4, amp=True, kimg=9)
     going_on(other, str(run), ["--seed", "batch"])

@@ -268,8 +268,18 @@ def one_step(state: State) -> None:
     state.advance(state.feed.next())
 
 
-def test_nothing_is_read_back_to_the_host_between_ticks(state):
-    made = state("cpu")
+OPTIONS = {
+    "plain": {},
+    "options": {
+        **{"loss": "hinge", "spectral_norm": True, "latent_dist": "uniform"},
+        **{"diffaug": ("color", "translation", "cutout"), "instance_noise": 0.1, "r1": 1.0},
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nothing_is_read_back_to_the_host_between_ticks(state, options):
+    made = state("cpu", **options)
     one_step(made)
     for _ in range(4):
         with Syncs() as syncs:
@@ -278,6 +288,7 @@ def test_nothing_is_read_back_to_the_host_between_ticks(state):
         assert set(syncs.seen) <= {"aten.lift_fresh.default"}
         with Syncs() as syncs:
             made.advance(batch)
+            made.penalised(batch)
         assert syncs.seen == []
     for call in (
         lambda: made.stats.sums[0].item(),
@@ -393,6 +404,7 @@ def test_on_a_gpu_the_step_equals_the_reference_step_by_step(
         {"amp": True, "graph": False},
         {"amp": True, "compile": True},
         {"amp": True, "amp_dtype": "fp16", "graph": False},
+        {"amp": True, "compile": True, **OPTIONS["options"]},
     ],
     ids=str,
 )

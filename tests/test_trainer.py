@@ -49,6 +49,25 @@ def tensors(run):
     return {f"{part}.{k}": v for part in checkpoint.PARTS for k, v in found.tensors(part).items()}
 
 
+def test_lines_of_statistics_in_passes_over_the_set(tmp_path):
+    assert train(tmp_path, "--epochs=4", "--tick-epochs=1") == 0  # 20 images, 8 a step
+    run = only_run(tmp_path)
+    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [row["kimg"] for row in rows] == [0.024, 0.04, 0.064, 0.08]  # the first step behind each
+    assert np.load(run / "losses.npy").shape[0] == 4
+
+
+def test_noise_falls_with_the_images_that_were_seen(tmp_path):
+    options = {"instance_noise": 0.4, "noise_kimg": 0.032, "kimg": 1, "device": "cpu"}
+    config = TrainConfig(**TINY, **options)
+    state = State(config, prepare(config.data, config, root=tmp_path), pick_modes(config))
+    met = []
+    for _ in range(6):
+        state.take(state.feed.next())
+        met.append(float(state.step.sight.noise_std))
+    np.testing.assert_allclose(met, [0.4, 0.3, 0.2, 0.1, 0, 0], atol=1e-7)
+
+
 def test_a_run_folder_holds_what_the_design_promises(tmp_path, capsys):
     assert train(tmp_path, "--kimg=0.4", "--tick-kimg=0.08", "--sample-kimg=0.2") == 0
     run = only_run(tmp_path)

@@ -10,7 +10,7 @@
 #                       "tiles" (other tiles for the convolutions), "more" (steps of other sizes
 #                       and batches), "compiled" (tests that compile), "native" (the kernels' tests
 #                       on the GPU), "reference" (the eager reference, 3,000 kimg: four minutes on an
-#                       H200), "slow", "autotuned" and "sweep"
+#                       H200), "recipes" (each for 300 kimg), "slow", "autotuned" and "sweep"
 #
 # In one call it takes at most nine minutes. It runs from the tree, installed or not, on a machine
 # without a GPU in small, goes on after a section that fails, and exits 1 then. OUT gets a log a
@@ -20,7 +20,7 @@
 # benchmarks/results by hand.
 set -ufo pipefail
 sections="info step run train profile convs graph tests growth kernels"
-named="data tiles more compiled native reference slow autotuned sweep"
+named="data tiles more compiled native reference recipes slow autotuned sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -107,13 +107,13 @@ ended_well() { # SIGTERM ends the run with a checkpoint and a grid
     grep -q .
 }
 
-rm -rf "$out/runs" "$out/summary.txt"
+rm -rf "$out/runs" "$out/recipes" "$out/summary.txt"
 spent_shares=0
-small=() reference_kimg=3000 first=b128 compiled="and compile" kernels="kernels and (bf16 or adam)"
+small=() reference_kimg=3000 recipes_kimg=300 recipes= first=b128 compiled="and compile" kernels="kernels and (bf16 or adam)"
 # sixty seconds at the speed that is aimed at, and longer below it
 length=(--data "${data:-faces:20000}" --kimg 8000 --batch 128)
 if [ "$gpu" != 1 ]; then
-  small=(--size 32 --width 8 --batch 8) reference_kimg=0.5 first=b8 compiled= kernels=kernels
+  small=(--size 32 --width 8 --batch 8) reference_kimg=0.5 recipes_kimg=0.3 recipes=two-rate64 first=b8 compiled= kernels=kernels
   length=(--data "${data:-faces:64}" --kimg 0.5 "${small[@]}")
 fi
 section info 2 "$python" -m fastgan info
@@ -133,6 +133,8 @@ section compiled 0 "${pytest[@]}" -k compile -m "not slow" tests/test_graph.py t
 section native 0 "${pytest[@]}" tests/kernels tests/test_step.py
 section reference 0 "$python" benchmarks/train_reference.py "${data:-faces:2000}" "$out/reference" \
   --kimg "$reference_kimg" "${small[@]}"
+section recipes 0 env PYTHON="$python" tools/train_recipes.sh "$out/recipes" "${data:-faces:2000}" \
+  "$recipes_kimg" $recipes
 section slow 0 "${pytest[@]}" -m slow tests
 section autotuned 0 "${bench[@]}" autotuned
 section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"

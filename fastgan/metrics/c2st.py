@@ -13,6 +13,7 @@ noise of some grey levels, which hides how values were rounded and which levels 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,12 @@ class TwoSample:
 
 
 def c2st(
-    real: ArrayLike, fake: ArrayLike, *, seed: int = 0, device: str | torch.device = "cpu"
+    real: ArrayLike,
+    fake: ArrayLike,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], object] | None = None,
 ) -> TwoSample:
     """Train a classifier and test it. Of the larger set as many images are drawn as the other has.
 
@@ -61,6 +67,7 @@ def c2st(
         seed: of the split, the network, the order and the noise. On a CPU the same seed and number
             of threads give the same bits.
         device: to train on.
+        progress: is told, at each step, of how many of the smaller set's images that is the share.
 
     Raises:
         ValueError: of another type or shape.
@@ -73,7 +80,12 @@ def c2st(
     trained, held_out = rows[:, : each // 2], rows[:, each // 2 :]
     network = _network(sets[0].shape[1:3], weights).to(device)
     view = _View(sets, noise, torch.device(device))
-    _train(network, view, trained, np.random.default_rng(order))
+
+    def tell(step: int) -> None:
+        if progress is not None:
+            progress(each * step // STEPS)
+
+    _train(network, view, trained, np.random.default_rng(order), tell)
     right = _right(network, view, held_out)
     low, high = wilson(right, held_out.size)
     return TwoSample(right / held_out.size, low, high, held_out.size)
@@ -124,8 +136,14 @@ def _network(size: tuple[int, ...], seed: int) -> nn.Module:
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-def _train(network: nn.Module, view: _View, rows: np.ndarray, random: np.random.Generator) -> None:
-    """rows: [2, n], of real and generated images."""
+def _train(
+    network: nn.Module,
+    view: _View,
+    rows: np.ndarray,
+    random: np.random.Generator,
+    tell: Callable[[int], object],
+) -> None:
+    """rows: [2, n], of real and generated images; `tell` is told of each step."""
     labels, flat = np.repeat([0, 1], rows.shape[1]), rows.reshape(-1)
     batch = min(BATCH, len(flat))
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
@@ -133,6 +151,7 @@ def _train(network: nn.Module, view: _View, rows: np.ndarray, random: np.random.
     network.train()
     learnt = 0
     for step in range(STEPS):
+        tell(step)
         if len(order) < batch:
             order = random.permutation(len(flat))
         now, order = order[:batch], order[batch:]

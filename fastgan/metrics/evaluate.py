@@ -8,7 +8,8 @@ first half, the second half too, which is the floor. SWD needs as many images of
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..console import bar, clock, say
 from ..data.cache import Cache
 from ..env import environment
 from ..errors import RunError, is_out_of_memory
+from ..generators import options_of
 from ..models import Generator
 from ..samples import save_picture
 from . import inception
@@ -26,13 +28,28 @@ from .baselines import Known
 from .nearest import KEPT, picture
 from .plan import Plan, Sets
 from .records import append, mark
-from .rows import LABELS, SAMPLES, Critic, Judge, Made, Row, Work, cost_of, noise, untrained
-from .sources import Progress, Source, Trained, shape_of
+from .rows import (
+    FORMS,
+    LABELS,
+    SAMPLES,
+    Critic,
+    Judge,
+    Made,
+    Row,
+    Shown,
+    Work,
+    cost_of,
+    noise,
+    untrained,
+)
+from .sources import Progress, Source, Trained
 from .table import tables
 
-BASELINE = ("swd", "ms_ssim", "c2st", "inception")  # what noise and the like are measured by
+# what noise and the like are measured by
+BASELINE = ("swd", "swd_mmagic", "ms_ssim", "c2st", "inception")
 LEGEND = {
     "swd": "SWD x 1e3: lower is nearer to real images, and the first row is the floor",
+    "swd_mmagic": "SWD (mmagic's form) x 1e3: of another pyramid, for numbers that are given in it",
     "ms_ssim": "MS-SSIM: higher is less diverse; to be near the first row's",
     "c2st": "C2ST: how often a network tells them from real images; of 50% it cannot",
     "nearest": "nearest: distance to the nearest training image over that to the second; far "
@@ -61,8 +78,23 @@ def evaluate(what: str | Path, **options: Any) -> dict[str, Any]:
 
 def run(command: EvaluateCommand) -> dict[str, Any]:
     """`evaluate`, for the command line."""
+    return evaluate_by(command)[0]
+
+
+def evaluate_by(
+    command: EvaluateCommand,
+    real: Cache | None = None,
+    showing: Callable[[float], Shown] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """The record, and in words what it says of the run's best checkpoint ("": nothing).
+
+    Args:
+        real: the real images, where they are open already: those that `command` names.
+        showing: takes the seconds that it may last, and gives what is told how far it is, in place
+            of a bar of its own. What that raises ends the evaluation, and nothing is written.
+    """
     try:
-        return _evaluate(command)
+        return _evaluate(command, real, showing)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -71,10 +103,12 @@ def run(command: EvaluateCommand) -> dict[str, Any]:
         ) from None
 
 
-def _evaluate(command: EvaluateCommand) -> dict[str, Any]:
+def _evaluate(
+    command: EvaluateCommand, real: Cache | None, showing: Callable[[float], Shown] | None
+) -> tuple[dict[str, Any], str]:
     began = time.perf_counter()
     plan = Plan(command)
-    sets = Sets(plan)
+    sets = Sets(plan, real)
     cache, count, seed = sets.cache, sets.count, command.seed
     order = np.random.default_rng([seed, 0]).permutation(len(cache.images))
     judge = Judge(
@@ -89,7 +123,9 @@ def _evaluate(command: EvaluateCommand) -> dict[str, Any]:
     rows = _rows(plan, sets, np.sort(order[count : 2 * count]))
     for row in rows:
         judge.recall(row)
-    with bar("evaluating", _cost(rows, plan, count), "s") as shown:
+    with ExitStack() as stack:
+        cost = _cost(rows, plan, count)
+        shown = showing(cost) if showing else stack.enter_context(bar("evaluating", cost, "s"))
         work = Work(shown)
         for row in rows:
             images = judge.measure(row, work)
@@ -102,21 +138,24 @@ def _evaluate(command: EvaluateCommand) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{plan.out} cannot be written: {error.strerror or error}") from None
     _tell(plan, rows)
+    best = ""
     if plan.run is not None and command.out is None and sets.own:
         assert isinstance(plan.what, Trained)
-        mark(plan.run, plan.what.path, record)
+        best = mark(plan.run, plan.what.path, record)
+    if best:
+        say(f"best       {best}")
     say(f"record     a line in {plan.out}")
     took = sorted(work.seconds.items(), key=lambda item: -item[1])
     parts = ", ".join(f"{LABELS[kind]} {clock(s)}" for kind, s in took if s >= 0.5)
     say(f"took       {clock(time.perf_counter() - began)}{': ' * bool(parts)}{parts}")
-    return record
+    return record, best
 
 
 def _rows(plan: Plan, sets: Sets, other_half: np.ndarray) -> list[Row]:
     seed, count, images = plan.command.seed, sets.count, sets.cache.images
     size = sets.cache.meta.size
     like = plan.what.generator if isinstance(plan.what, Trained) else Generator(size)
-    shape = "-".join(map(str, (*shape_of(like.state_dict()), *like.pixel_range)))
+    shape = "-".join(map(str, options_of(like).model_dump().values()))
     basic = [metric for metric in BASELINE if metric in plan.metrics]
     mine = [metric for metric in plan.metrics if metric != "d_accuracy"]
     if len(images) < KEPT and "nearest" in mine:
@@ -150,7 +189,7 @@ def _maker(source: Source, pictures: Cache | None, count: int, seed: int) -> Mad
 def _cost(rows: Sequence[Row], plan: Plan, count: int) -> float:
     """Seconds that all of it may take, for the bar."""
     jobs = [job for row in rows if row.missing for job in ("images", *row.missing)]
-    jobs += [metric for metric in ("swd", "d_accuracy") if metric in plan.metrics]
+    jobs += [metric for metric in (*FORMS, "d_accuracy") if metric in plan.metrics]
     return sum(cost_of(job, count) for job in jobs)
 
 

@@ -50,10 +50,11 @@ def hub_folder() -> Path:
     return Path(os.path.expanduser(home), "hub", "checkpoints")
 
 
-MISSING = (
+DOWNLOAD = (
     "fid, kid, is, precision, recall, density and coverage need Inception's weights: download "
-    f"{URL} (96 MB, SHA-256 {SHA256}) into {hub_folder()}, or name the file by --inception FILE"
+    f"{URL} (96 MB, SHA-256 {SHA256}) into {hub_folder()}"
 )
+MISSING = f"{DOWNLOAD}, or name the file by --inception FILE"
 NO_KID = f"kid is left out: it is of subsets of {SUBSET:,} images, and one set has fewer"
 
 

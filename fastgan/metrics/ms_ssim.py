@@ -10,6 +10,8 @@ Lower is more diverse, and noise is the lowest: it says something only beside re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -22,7 +24,9 @@ SMALLEST = 32  # pixels a side: 2 at the last scale
 PIXELS = 1 << 14  # of one side of the pairs at a time, 4 images of 64 px: more leave the cache
 
 
-def diversity(images: ArrayLike, *, seed: int = 0) -> float:
+def diversity(
+    images: ArrayLike, *, seed: int = 0, progress: Callable[[int], object] | None = None
+) -> float:
     """The mean MS-SSIM over pairs of a set, each image in one of them; 1 where all are the same.
     Published numbers are of 10,000 images.
 
@@ -30,6 +34,7 @@ def diversity(images: ArrayLike, *, seed: int = 0) -> float:
         images: uint8 [N, H, W, 3], N >= 2 (of an odd N one is left out), H and W 32 or more.
         seed: of who is paired with whom: neighbours in a folder may be alike. The same seed gives
             the same bits.
+        progress: is told how many images are done.
 
     Raises:
         ValueError: of another type or shape.
@@ -38,8 +43,13 @@ def diversity(images: ArrayLike, *, seed: int = 0) -> float:
     order = np.random.default_rng(seed).permutation(len(array))
     pairs = order[: len(array) // 2 * 2].reshape(-1, 2)
     step = _at_once(array)
-    parts = [pairs[start : start + step] for start in range(0, len(pairs), step)]
-    return float(np.concatenate([ms_ssim(array[p[:, 0]], array[p[:, 1]]) for p in parts]).mean())
+    found = []
+    for start in range(0, len(pairs), step):
+        some = pairs[start : start + step]
+        found.append(ms_ssim(array[some[:, 0]], array[some[:, 1]]))
+        if progress is not None:
+            progress(2 * (start + len(some)))
+    return float(np.concatenate(found).mean())
 
 
 def ms_ssim(a: ArrayLike, b: ArrayLike) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from . import c2st, inception
 from .records import RECORDS
 from .sources import Pictures, Source, Trained, is_run, open_source, resolved
 
+# of what none is named for; swd_mmagic only where it is asked for
 ALL: tuple[Metric, ...] = ("swd", "ms_ssim", "c2st", "d_accuracy", "nearest", "inception")
 FEWEST = {"c2st": c2st.FEWEST, "inception": inception.FEWEST}  # images of each set; of others 2
 HELD_OUT = 512  # images held out from which C2ST takes its real ones from them
@@ -103,9 +105,10 @@ class Sets:
         sets: the sources in order, each with its images where it is no generator.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, real: Cache | None = None) -> None:
+        """`real`: the real images that the plan names, where they are open already."""
         self._plan = plan
-        self.cache = prepare(plan.source, plan.options, root=plan.root)
+        self.cache = real or prepare(plan.source, plan.options, root=plan.root)
         self.own = self._is_own()
         self.sets = [self._opened(source) for source in (plan.what, *plan.others)]
         self.count, why = self._counted()
@@ -148,21 +151,12 @@ class Sets:
 
     def _counted(self) -> tuple[int, str]:
         """How many images of each set are compared, and why."""
-        wish, every = self._plan.command.count, len(self.cache.images)
-        most = {"--count": wish, f"half of the {every:,}, the other half is the floor": every // 2}
+        wish = self._plan.command.count
+        most = {"--count": wish, **halves(len(self.cache.images))}
         for source, pictures in self.sets:
             if pictures is not None:
                 most[f"all of {source.name}"] = len(pictures.images)
-        why = min(most, key=most.__getitem__)
-        count, metrics = most[why], self._plan.metrics
-        for metric in metrics:
-            if count < (least := FEWEST.get(metric, 2)):
-                do = [other for other in metrics if FEWEST.get(other, 2) <= count]
-                hint = f"; --metrics {' '.join(do)} can do with them" if do else ""
-                raise UsageError(
-                    f"{metric} needs {least} images or more of each set, and there are {count} "
-                    f"({why}){hint}"
-                )
+        count, why = enough(most, self._plan.metrics, "--metrics")
         return count, why if count == wish else f"{why} (--count {wish:,} is more)"
 
     def _c2st_reals(self) -> str:
@@ -172,3 +166,27 @@ class Sets:
         if not self.held_out:
             return f"; {held:,} held out are too few for C2ST, which takes {HELD_OUT} or more"
         return f"; C2ST by {held:,} held out"
+
+
+def halves(every: int) -> dict[str, int]:
+    """How many of so many real images can be compared, by why."""
+    return {f"half of the {every:,}, the other half is the floor": every // 2}
+
+
+def enough(most: Mapping[str, int], metrics: Sequence[str], flag: str) -> tuple[int, str]:
+    """How many images of each set are compared, the fewest of `most`, and why.
+
+    Raises:
+        UsageError: too few for one of the metrics, which the user names by `flag`.
+    """
+    why = min(most, key=most.__getitem__)
+    count = most[why]
+    for metric in metrics:
+        if count < (least := FEWEST.get(metric, 2)):
+            do = [other for other in metrics if FEWEST.get(other, 2) <= count]
+            hint = f"; {flag} {' '.join(do)} can do with them" if do else ""
+            raise UsageError(
+                f"{flag} {metric} needs {least} images or more of each set, and there are {count} "
+                f"({why}){hint}"
+            )
+    return count, why

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
-from ..console import say, warn
+from ..console import warn
 from ..data.image_file import open_regular
 from ..durable import flush
+from ..run_files import TERMS
 
 RECORDS = "metrics.jsonl"
-TERMS = ("data", "count", "seed", "ema")  # numbers are compared where these are the same
 FEWEST = 64  # images of each set, from which on an SWD says which checkpoint is better
 
 
@@ -55,34 +55,32 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def mark(run: Path, path: Path, record: dict[str, Any]) -> None:
-    """Mark the checkpoint at `path` as the run's best where its SWD is the lowest so far.
+def mark(run: Path, path: Path, record: dict[str, Any]) -> str:
+    """Mark the checkpoint at `path` as the run's best where its SWD is the lowest so far; returns
+    in words which is the best now and why, "" where this says nothing of it.
 
     Numbers on other images, of other counts or another seed do not compare: a best one that was
     found by these stays, with a line that says so.
     """
     value, held = swd_of(record), checkpoint.best(run)
     if value is None or path.parent != run / "checkpoints":
-        return
+        return ""
     if record["count"] < FEWEST:
-        say(f"best       not by so few images: {FEWEST} or more of each set")
-        return
+        return f"not by so few images: {FEWEST} or more of each set"
     if held is not None and held.name != path.name:
         before = [r for r in read(run / RECORDS) if r.get("checkpoint") == held.name]
         like = [r for r in before if all(r.get(key) == record.get(key) for key in TERMS)]
         theirs = swd_of(like[-1]) if like else None
         if theirs is None:
-            say(f"best       {held.name} stays, which was not evaluated like this: evaluate it too")
-            return
+            return f"{held.name} stays, which was not evaluated like this: evaluate it too"
         if theirs <= value:
-            say(f"best       {held.name} stays, with an SWD of {theirs:.2f}")
-            return
+            return f"{held.name} stays, with an SWD of {theirs:.2f}"
     try:
         checkpoint.mark_best(run, path, "swd", value)
     except OSError as error:
         warn(f"{run / checkpoint.BEST} cannot be written: {error.strerror or error}")
-        return
-    say(f"best       {path.name} is the run's best so far by SWD: it is kept")
+        return ""
+    return f"{path.name} is the run's best so far by SWD: it is kept"
 
 
 def swd_of(record: dict[str, Any]) -> float | None:

@@ -2,70 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ..checkpoint import NAME, PARTS, Checkpoint, find
-from ..config import SIZES, DataOptions, TrainConfig, recorded_config, split_size
+from ..config import DataOptions
 from ..console import say
 from ..data.cache import Cache, is_cache, open_cache
 from ..data.images import find_images
 from ..data.pillow_decoder import FORMATS
 from ..data.prepare import prepare
-from ..errors import RunError, UsageError
-from ..models import Generator
-from ..models.dcgan import channels
-from ..modes import pick_kernels
-from ..optim import copy_into
+from ..errors import UsageError
+from ..generators import Found, is_generator, is_run, open_generator
+from ..latents import latents
 from ..paths import absolute
-from ..resume import run_of
-from ..samples import generate, latents, load_generator
-from ..weights import read_weights
+from ..samples import generate
 
-WEIGHTS = (".safetensors", ".pth", ".pt")
 KINDS = "a run, a checkpoint, weights (.safetensors, .pth), a folder of images, a .zip, a cache"
 
 Progress = Callable[[int], object]  # is told how many images are done
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A generator.
-
-    Attributes:
-        digest: SHA-256 of its weights and statistics in float32, whatever file they were in.
-        checkpoint, config: of a run's.
-    """
-
-    name: str
-    path: Path
-    generator: Generator
-    digest: str
-    checkpoint: Checkpoint | None = None
-    config: TrainConfig | None = None
-
-    @property
-    def run(self) -> Path | None:
-        """The run folder, where it comes from one."""
-        if self.checkpoint is None:
-            return None
-        if self.path.parent.name == "checkpoints":  # also of a run that lost its config.json
-            return self.path.parent.parent
-        found = run_of(self.path)
-        return found if found != self.path else None
+class Trained(Found):
+    """A generator."""
 
     def images(self, count: int, seed: int, progress: Progress) -> np.ndarray:
         """uint8 [count, size, size, 3], of the latents that `fastgan sample --seed` takes."""
-        parts: list[np.ndarray] = []
-        for piece in generate(self.generator, latents(seed, count, self.generator.latent)):
+        generator, parts = self.generator, list[np.ndarray]()
+        drawn = latents(seed, count, generator.latent, generator.latent_dist)
+        for piece in generate(generator, drawn):
             parts.append(piece.numpy())
             progress(sum(map(len, parts)))
         return np.concatenate(parts)
@@ -111,105 +81,13 @@ def open_source(given: str, flag: str, ema: bool, device: torch.device) -> Sourc
     if given.startswith("faces:"):
         return Pictures(given, given, flag)
     path = Path(absolute(given, flag))
-    if path.suffix.lower() in WEIGHTS and path.is_file():
-        return _of_weights(path, ema, device)
-    if path.is_dir() and not is_cache(path) and is_run(path):
-        return _of_run(path, ema, device)
+    if is_generator(path) and not (path.is_dir() and is_cache(path)):
+        found = open_generator(given, flag, ema, device)
+        return Trained(**{field.name: getattr(found, field.name) for field in fields(found)})
     if not path.exists() or (path.is_file() and path.suffix.lower() != ".zip"):
         what = "it is another file" if path.exists() else "no such path"
         raise UsageError(f"{flag} must be {KINDS} or faces:N; {what}: {path}")
     return Pictures(path.name, str(path), flag)
-
-
-def is_run(path: Path) -> bool:
-    """Whether it is a run folder, one that has no checkpoint yet, too, or a checkpoint."""
-    whole = (path / "config.json").exists() and (path / "run.json").exists()
-    inside = ("checkpoints", f"{PARTS[0]}.safetensors")
-    return (
-        whole or bool(NAME.fullmatch(path.name)) or any((path / name).exists() for name in inside)
-    )
-
-
-def _of_run(path: Path, ema: bool, device: torch.device) -> Trained:
-    found = find(path)
-    meta = found.meta
-    config = recorded_config(meta["config"], f"checkpoint {found.path}: ", meta.get("fastgan"))
-    generator = load_generator(found, ema, device)
-    run = run_of(found.path)
-    name = found.path.name if run == found.path else f"{run.name} {found.path.name}"
-    if not ema:
-        name += " (as trained)"
-    return Trained(name, found.path, generator, digest_of(generator), found, config)
-
-
-def _of_weights(path: Path, ema: bool, device: torch.device) -> Trained:
-    impl, _ = pick_kernels("auto", device)
-    saved = _plain(read_weights(path), ema)
-    try:
-        if not all(t.is_floating_point() for t in saved.values() if t.dim() == 4):
-            raise ValueError("its convolutions are not floating-point numbers")
-        size, latent, width = shape_of(saved)
-        generator = Generator(size, latent, width, impl=impl)
-        copy_into(generator.state_dict(), saved, "a generator of that shape")
-    except ValueError as error:
-        raise RunError(f"weights {path} are of no generator that fastgan knows: {error}") from None
-    if not all(bool(t.isfinite().all()) for t in saved.values()):
-        raise RunError(f"weights {path}: not all of them are finite numbers")
-    generator.to(device).to(memory_format=torch.channels_last).eval()
-    return Trained(path.stem, path, generator, digest_of(generator))
-
-
-def _plain(saved: Mapping[str, Tensor], ema: bool) -> dict[str, Tensor]:
-    """A generator's tensors by the names that ours has, float32: also from the model.safetensors of
-    a checkpoint, or from the Sequential of pytorch/examples (`main.0.weight`).
-    """
-    prefix = "ema." if ema else "g."
-    if any(name.startswith(prefix) for name in saved):
-        saved = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
-    saved = {k.removeprefix("main."): t for k, t in saved.items()}
-    saved = {k: t.float() if t.is_floating_point() else t for k, t in saved.items()}
-    places: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in saved.items():
-        place, _, leaf = name.partition(".")
-        if not place.isdecimal():
-            return saved
-        places.setdefault(int(place), {})[leaf] = tensor
-    renamed: dict[str, Tensor] = {}
-    layers = [places[place] for place in sorted(places)]
-    convolutions = [layer for layer in layers if "running_mean" not in layer]
-    norms = [layer for layer in layers if "running_mean" in layer]
-    for number, layer in enumerate(convolutions):
-        name = "last" if number == len(convolutions) - 1 else f"blocks.{number}.conv"
-        renamed |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
-    for number, layer in enumerate(norms):
-        renamed |= {f"blocks.{number}.norm.{leaf}": tensor for leaf, tensor in layer.items()}
-    return renamed
-
-
-def shape_of(saved: Mapping[str, Tensor]) -> tuple[int, int, int]:
-    """Size, latent and width of the generator that has these tensors; `ValueError` where it is
-    none.
-    """
-    shapes = {name: tuple(t.shape) for name, t in saved.items() if t.dim() == 4}
-    first, last = shapes.get("blocks.0.conv.weight"), shapes.get("last.weight")
-    if first is None or last is None:
-        raise ValueError("no blocks.0.conv.weight and last.weight, or 0.weight, 3.weight, ...")
-    latent, width, size = first[0], last[0], first[2] << len(shapes) - 1
-    if last[1] != 3 or size not in SIZES or split_size(size)[0] != first[2]:
-        raise ValueError(f"its first convolution is {list(first)}, its last {list(last)}")
-    inner = channels(size, width)
-    if first[1] != inner[0]:
-        raise ValueError(f"{first[1]} channels at first where {inner[0]} belong at width {width}")
-    return size, latent, width
-
-
-def digest_of(generator: Generator) -> str:
-    """SHA-256 of all its tensors by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(generator.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _sides(source: Path, flag: str) -> tuple[int, int] | None:

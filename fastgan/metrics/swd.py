@@ -13,13 +13,19 @@ set are some 400 MB, where its sorted projections are 13 GB (16,384 images of 64
 
 Each set is standardised by itself: a cast of colour or less contrast in all of one set is not seen.
 The score of two halves of the real set is the floor that belongs beside any other.
+
+`MMAGIC` is the form that mmagic and mmgeneration publish numbers in (mmagic's
+`evaluation/metrics/swd.py`), whose pyramid is another one: the same images have other numbers in
+it. Positions and directions are the same here for a seed, where theirs has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,6 +49,32 @@ CHUNK = 64  # images at a time
 BLOCK = 64  # directions at a time: 537 MB of projections of 16,384 images
 
 Counts = tuple[int, np.ndarray]  # the first cell, and the projections in it and in those after it
+Progress = Callable[[int], object]  # is told how many images' worth of work is done
+
+
+@dataclass(frozen=True)
+class Form:
+    """What implementations differ in.
+
+    Attributes:
+        border: what is beyond the image where the filter reaches there: the image mirrored, which
+            itself is not repeated at the border, or zeros.
+        zero: the grey level that counts as 0, which tells what zeros beyond the border are.
+        repeats: on the way up each pixel is repeated and then smoothed; else zeros go in between.
+        most: levels at most.
+        less: the deviation divides by the count less this.
+    """
+
+    border: Literal["reflect", "constant"]
+    zero: float
+    repeats: bool
+    most: int | None
+    less: int
+
+
+PROGAN = Form("reflect", 0, repeats=False, most=None, less=0)
+# its pixels go from -1 to 1, so that grey is beyond the border; their scale does not matter
+MMAGIC = Form("constant", 127.5, repeats=True, most=4, less=1)
 
 
 @dataclass(frozen=True)
@@ -61,20 +93,21 @@ class Swd:
         return sum(self.levels.values()) / len(self.levels)
 
 
-def swd(real: ArrayLike, fake: ArrayLike, *, seed: int = 0) -> Swd:
+def swd(real: ArrayLike, fake: ArrayLike, *, seed: int = 0, form: Form = PROGAN) -> Swd:
     """The distance between as many real and generated images; published numbers are of 16,384.
 
     Args:
         real, fake: uint8 [N, H, W, 3], H and W 16 or more, and even down to the last level. Memory
             maps are read in pieces.
         seed: of patches and directions. The same seed gives the same bits.
+        form: PROGAN or MMAGIC, whose numbers do not compare.
 
     Raises:
         ValueError: of another type or shape.
     """
     a, b = checked_pair(real, fake, "swd", 1, SMALLEST)
     _check_count(len(a), len(b), "swd")
-    return RealSet(a, seed=seed).swd(b)
+    return RealSet(a, seed=seed, form=form).swd(b)
 
 
 class RealSet:
@@ -84,19 +117,26 @@ class RealSet:
     MB, however many images there are.
     """
 
-    def __init__(self, real: ArrayLike, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        real: ArrayLike,
+        *,
+        seed: int = 0,
+        form: Form = PROGAN,
+        progress: Progress | None = None,
+    ) -> None:
         """Takes the arguments of `swd`, and raises as it does."""
         images = checked(real, "RealSet: real", 1, SMALLEST)
-        self._shape = images.shape
-        self._levels = _levels(*images.shape[1:3])
-        self._seed = seed
+        self._shape, self._seed, self._form = images.shape, seed, form
+        _, height, width, _ = images.shape
+        self._levels = _levels(height, width, form.most)
+        self._counts: list[list[Counts]] = []
         with _threads() as threads:
-            self._counts = [
-                list(_counts(images, level, self._levels, seed, 0, threads))
-                for level in range(self._levels)
-            ]
+            for level in range(self._levels):
+                found = self._of_level(images, level, 0, threads, progress)
+                self._counts.append(list(found))
 
-    def swd(self, fake: ArrayLike) -> Swd:
+    def swd(self, fake: ArrayLike, *, progress: Progress | None = None) -> Swd:
         """`swd(real, fake)`, to the bit.
 
         Raises:
@@ -113,10 +153,38 @@ class RealSet:
         with _threads() as threads:
             levels = {}
             for level, ours in enumerate(self._counts):
-                theirs = _counts(images, level, self._levels, self._seed, 1, threads)
+                theirs = self._of_level(images, level, 1, threads, progress)
                 apart = sum(_apart(a, b) for a, b in zip(ours, theirs, strict=True))
                 levels[self._shape[1] >> level] = apart * SCALE / (GRID * each * DIRECTIONS)
         return Swd(levels)
+
+    def _of_level(
+        self,
+        images: np.ndarray,
+        level: int,
+        role: int,
+        threads: Executor,
+        progress: Progress | None,
+    ) -> Iterator[Counts]:
+        """How many projections lie in each cell, for each direction in turn."""
+
+        def tell(share: float = 0) -> None:
+            if progress is not None:
+                progress(int((level + share) / self._levels * len(images)))
+
+        random = np.random.default_rng([self._seed, level, role])
+        patches = _patches(images, level, self._levels, random, threads, self._form, tell)
+        # those of both sets are the same
+        random = np.random.default_rng([self._seed, level, 2])
+        directions = random.standard_normal((DIRECTIONS, VALUES))
+        directions *= GRID / np.linalg.norm(directions, axis=1, keepdims=True)
+        # once: its first use costs as the product
+        cells = np.empty((BLOCK, len(patches)), np.float32)
+        for start in range(0, DIRECTIONS, BLOCK):
+            tell(start / DIRECTIONS)
+            some = directions[start : start + BLOCK].astype(np.float32)
+            np.matmul(some, patches.T, out=cells)
+            yield from threads.map(_count, cells)
 
 
 def _check_count(real: int, fake: int, function: str) -> None:
@@ -127,9 +195,9 @@ def _check_count(real: int, fake: int, function: str) -> None:
         )
 
 
-def _levels(height: int, width: int) -> int:
+def _levels(height: int, width: int, most: int | None) -> int:
     levels = 1
-    while min(height, width) >> levels >= SMALLEST:
+    while min(height, width) >> levels >= SMALLEST and levels != most:
         levels += 1
     if height % (1 << levels - 1) or width % (1 << levels - 1):
         raise ValueError(
@@ -139,24 +207,14 @@ def _levels(height: int, width: int) -> int:
     return levels
 
 
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads())
-
-
-def _counts(
-    images: np.ndarray, level: int, levels: int, seed: int, role: int, threads: Executor
-) -> Iterator[Counts]:
-    """How many projections lie in each cell, for each direction in turn."""
-    random = np.random.default_rng([seed, level, role])
-    patches = _patches(images, level, levels, random, threads)
-    # those of both sets are the same
-    directions = np.random.default_rng([seed, level, 2]).standard_normal((DIRECTIONS, VALUES))
-    directions *= GRID / np.linalg.norm(directions, axis=1, keepdims=True)
-    cells = np.empty((BLOCK, len(patches)), np.float32)  # once: its first use costs as the product
-    for start in range(0, DIRECTIONS, BLOCK):
-        some = directions[start : start + BLOCK].astype(np.float32)
-        np.matmul(some, patches.T, out=cells)
-        yield from threads.map(_count, cells)
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """Who leaves the block by an error does not wait for what has not begun."""
+    threads = ThreadPoolExecutor(torch.get_num_threads())
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _count(cells: np.ndarray) -> Counts:
@@ -179,10 +237,16 @@ def _apart(a: Counts, b: Counts) -> int:
 
 
 def _patches(
-    images: np.ndarray, level: int, levels: int, random: np.random.Generator, threads: Executor
+    images: np.ndarray,
+    level: int,
+    levels: int,
+    random: np.random.Generator,
+    threads: Executor,
+    form: Form,
+    tell: Callable[[], object],
 ) -> np.ndarray:
     """float32 [N * PATCHES, VALUES]: patches of one level, in each colour of mean 0 and deviation
-    1.
+    1. `tell` is called in between.
     """
     count, height, width = len(images), images.shape[1] >> level, images.shape[2] >> level
     top = random.integers(0, height - PATCH + 1, (count, PATCHES), np.int16)
@@ -191,15 +255,22 @@ def _patches(
     parts = [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
 
     def cut(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        windows = sliding_window_view(_band(images[part], level, levels), (PATCH, PATCH), (1, 2))
+        band = _band(images[part], level, levels, form)
+        windows = sliding_window_view(band, (PATCH, PATCH), (1, 2))
         row = np.arange(len(windows))[:, None]
         patches[part] = windows[row, top[part], left[part]]
         precise = patches[part].astype(np.float64)
         return precise.sum((0, 1, 3, 4)), np.square(precise).sum((0, 1, 3, 4))
 
-    sums, squares = np.sum(list(threads.map(cut, parts)), axis=0)
-    mean = sums / (count * PATCHES * PATCH**2)
-    deviation = np.sqrt(np.maximum(squares / (count * PATCHES * PATCH**2) - mean**2, 0))
+    found = []
+    for of_part in threads.map(cut, parts):
+        found.append(of_part)
+        tell()
+    sums, squares = np.sum(found, axis=0)
+    values = count * PATCHES * PATCH**2
+    mean = sums / values
+    variance = np.maximum(squares / values - mean**2, 0)
+    deviation = np.sqrt(variance * (values / (values - form.less)))
     shift = mean.astype(np.float32)[:, None, None]
     factor = (1 / np.where(deviation < FLAT, 1, deviation)).astype(np.float32)[:, None, None]
 
@@ -207,43 +278,46 @@ def _patches(
         patches[part] -= shift
         patches[part] *= factor
 
-    list(threads.map(standardise, parts))
+    for _ in threads.map(standardise, parts):
+        tell()
     return patches.reshape(count * PATCHES, VALUES)
 
 
-def _band(images: np.ndarray, level: int, levels: int) -> np.ndarray:
+def _band(images: np.ndarray, level: int, levels: int, form: Form = PROGAN) -> np.ndarray:
     """float32 [n, h, w, 3]: one level of the Laplacian pyramid, the last of which is what is left
     (Burt and Adelson 1983).
     """
-    fine = np.ascontiguousarray(images, np.float32)
+    fine = np.ascontiguousarray(images, np.float32) - np.float32(form.zero)
     for _ in range(level):
-        fine = _down(fine)
-    return fine if level == levels - 1 else fine - _up(_down(fine))
+        fine = _down(fine, form)
+    return fine if level == levels - 1 else fine - _up(_down(fine, form), form)
 
 
-def _down(images: np.ndarray) -> np.ndarray:
+def _down(images: np.ndarray, form: Form = PROGAN) -> np.ndarray:
     """Smoothed, and every second pixel of it."""
     for axis in (1, 2):
-        images = _smooth(images, axis, 2)
+        images = _smooth(images, axis, 2, form)
     return images
 
 
-def _up(images: np.ndarray) -> np.ndarray:
-    """Zeros in between, smoothed, four times as bright."""
+def _up(images: np.ndarray, form: Form = PROGAN) -> np.ndarray:
+    """Twice as large and smoothed: each pixel repeated, or four times as bright among zeros."""
     count, height, width, colours = images.shape
     wide = np.zeros((count, 2 * height, 2 * width, colours), np.float32)
-    wide[:, ::2, ::2] = 4 * images
-    return _smooth(_smooth(wide, 1, 1), 2, 1)
+    if form.repeats:
+        for row, column in np.ndindex(2, 2):
+            wide[:, row::2, column::2] = images
+    else:
+        wide[:, ::2, ::2] = 4 * images
+    return _smooth(_smooth(wide, 1, 1, form), 2, 1, form)
 
 
-def _smooth(images: np.ndarray, axis: int, step: int) -> np.ndarray:
-    """The binomial filter along an axis, at every `step`th pixel; mirrored at the border, which
-    itself is not repeated.
-    """
+def _smooth(images: np.ndarray, axis: int, step: int, form: Form) -> np.ndarray:
+    """The binomial filter along an axis, at every `step`th pixel."""
     size = images.shape[axis]
     around = [(0, 0)] * 4
     around[axis] = (2, 2)
-    padded = np.moveaxis(np.pad(images, around, "reflect"), axis, 0)
+    padded = np.moveaxis(np.pad(images, around, form.border), axis, 0)
     total = BINOMIAL[0] * padded[0:size:step]
     for i, weight in enumerate(BINOMIAL[1:], 1):
         total += weight * padded[i : i + size : step]

@@ -29,11 +29,11 @@ def tables(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 def _columns(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Column]:
     found = {metric for _, results in rows for metric in results}
     columns: list[Column] = []
-    if "swd" in found:
-        levels = next(results["swd"] for _, results in rows if "swd" in results)
+    for metric, of_form in (("swd", ""), ("swd_mmagic", " (mmagic's form)")):
+        levels: dict[str, float] = next((r[metric] for _, r in rows if metric in r), {})
         for level in levels:
-            title = "SWD" if level == "mean" else f"{level} px"
-            columns.append((title, _number("swd", level, 2)))
+            title = f"SWD{of_form}" if level == "mean" else f"{level} px{of_form}"
+            columns.append((title, _number(metric, level, 2)))
     if "ms_ssim" in found:
         columns.append(("MS-SSIM", _number("ms_ssim", None, 3)))
     if "c2st" in found:

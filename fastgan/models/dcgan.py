@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastgan_kernels import BatchNormAct2d, conv4x4, conv4x4_runs, conv_transpose4x4
 from fastgan_kernels.conv4x4_kernels import unfit
 
-from ..config import PixelRange, split_size
+from ..config import LatentDist, PixelRange, split_size
 
 LEAKY_SLOPE = 0.2
 MAX_MULTIPLE = 16  # of the width: 1,024 channels at width 64, the common form of a 128 px DCGAN
@@ -103,8 +103,10 @@ class DownBlock(nn.Module):
 class Generator(nn.Module):
     """Latents [B, latent] to images [B, 3, size, size] in `pixel_range` (tanh for [-1, 1], sigmoid
     for [0, 1]). `impl` is `bn_act`'s, `conv_impl` that of `conv4x4` ("torch" beside "torch", else
-    "auto").
+    "auto"); `latent_dist` is what its latents are to be drawn from.
     """
+
+    arch = "dcgan"
 
     def __init__(
         self,
@@ -114,12 +116,14 @@ class Generator(nn.Module):
         pixel_range: PixelRange = (-1.0, 1.0),
         impl: str = "auto",
         conv_impl: str | None = None,
+        latent_dist: LatentDist = "normal",
     ) -> None:
         super().__init__()
         base, _ = split_size(size)
         inner = channels(size, width)
         conv_impl = conv_impl or convolutions_beside(impl)
-        self.size, self.latent, self.pixel_range = size, latent, pixel_range
+        self.size, self.latent, self.width = size, latent, width
+        self.pixel_range, self.latent_dist = pixel_range, latent_dist
         self.conv_impl = conv_impl
         self.blocks = nn.ModuleList([FirstBlock(latent, inner[0], base, impl)])
         for cin, cout in zip(inner, inner[1:], strict=False):
@@ -139,6 +143,8 @@ class Discriminator(nn.Module):
     statistics of their own. `impl` is `bn_act`'s, `conv_impl` as in `Generator`.
     """
 
+    arch = "dcgan"
+
     def __init__(
         self,
         size: int = 64,
@@ -150,7 +156,7 @@ class Discriminator(nn.Module):
         base, _ = split_size(size)
         inner = channels(size, width)[::-1]
         conv_impl = conv_impl or convolutions_beside(impl)
-        self.size, self.conv_impl = size, conv_impl
+        self.size, self.width, self.conv_impl = size, width, conv_impl
         self.first = nn.Conv2d(3, inner[0], 4, 2, 1, bias=False)
         self.blocks = nn.ModuleList(
             DownBlock(cin, cout, impl, conv_impl)
@@ -169,13 +175,15 @@ class Discriminator(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(network: nn.Module, generator: torch.Generator) -> None:
+def paper_init(network: nn.Module, generator: torch.Generator) -> None:
     """The paper's initialisation: convolutions N(0, 0.02), batch-norm weights N(1, 0.02), biases
     0.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.weight.normal_(0.0, 0.02, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, BatchNormAct2d):
             module.weight.normal_(1.0, 0.02, generator=generator)
             module.bias.zero_()

@@ -18,6 +18,7 @@ from fastgan.checkpoint import BEST, best, checkpoints, find, mark_best
 from fastgan.cli import main
 from fastgan.config import DataOptions
 from fastgan.data.prepare import prepare
+from fastgan.latents import latents
 from fastgan.metrics import c2st, inception, plan, records, rows, swd
 from fastgan.metrics.baselines import Known
 from fastgan.metrics.inception import Features
@@ -26,7 +27,7 @@ from fastgan.metrics.sources import open_source
 from fastgan.metrics.table import LONGEST, tables
 from fastgan.models import Discriminator, Generator, init_weights
 from fastgan.reference import make_discriminator, make_generator
-from fastgan.samples import generate, latents, to_uint8
+from fastgan.samples import generate, to_uint8
 
 CPU = torch.device("cpu")
 SHAPE = ["--size=32", "--width=4", "--latent=8", "--batch=8", "--grid=4", "--device=cpu"]
