@@ -36,7 +36,7 @@ def animate(command: AnimateCommand) -> None:
             "(fastgan train --sample-kimg says how often one is written)"
         )
     shown = _fitted(sides)
-    times = magnification(shown, command.scale)
+    times = magnification(shown, command.scale, STRIP)
     frames = (_frame(kimg, path, shown, times) for kimg, path in grids)
     write_film(frames, target, len(grids), command.fps, command.hold)
     smaller = f", made smaller from {sides[0]:,}x{sides[1]:,}" if shown != sides else ""

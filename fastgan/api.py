@@ -94,7 +94,8 @@ def _laid_over(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
             if options.get(part + name) is not None and options.get(part + other) is None:
                 values[part + other] = None
     values |= options
-    values["data"] = str(values["data"])
+    if isinstance(values["data"], Path):
+        values["data"] = str(values["data"])
     try:
         return TrainConfig(**values)
     except ValidationError as error:

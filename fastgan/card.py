@@ -16,7 +16,7 @@ import jinja2
 import torch
 
 from . import __version__
-from .config import NetworkOptions, TrainConfig, to_plain, to_toml
+from .config import FIXED, NetworkOptions, TrainConfig, to_plain, to_toml
 from .data.image_file import open_regular
 from .generators import GENERATOR, Found
 from .metrics.records import RECORDS, read
@@ -59,6 +59,7 @@ def card(found: Found, title: str, files: Sequence[str], ema: bool, seed: int) -
         "uniform": options.latent_dist == "uniform",
         "low": low,
         "high": high,
+        "over": options.arch in FIXED,
         "seed": seed,
         "lines": _lines(options, files, low, high),
         "files": [(name, FILES[name]) for name in files if name in FILES],
@@ -187,7 +188,8 @@ def _recipe(config: TrainConfig) -> str:
     named: dict[str, Any] = {"data": data_label(config.data)}
     named |= {key: Path(p.name) for key in ("init_g", "init_d") if (p := getattr(config, key))}
     default, mine = to_plain(TrainConfig()), to_plain(config)
-    lines = to_toml(config.model_copy(update=named)).splitlines(keepends=True)
+    # at these alone: JSON leaves others, U+2028 among them, as they are
+    lines = [f"{line}\n" for line in to_toml(config.model_copy(update=named)).split("\n")]
     keys = [
         key
         for key, value in mine.items()

@@ -253,6 +253,8 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
     elif given.recipe:
         with _told_by_first("LOCAL_RANK"):
             base = load_recipe(given.recipe)
+        if "data" not in base.model_fields_set and given.data is None and _rank() == 0:
+            warn(f"{given.recipe} names no images: it is for {base.data}, drawn faces, then")
     elif given.data is None:
         base = load_recipe(DEFAULT_RECIPE)
     else:
@@ -277,10 +279,6 @@ def made(command: Any) -> Callable[[], int]:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from .trainer import train
 
-        recipe = load_recipe(command.recipe) if command.recipe else None
-        drawn = recipe and "data" not in recipe.model_fields_set and config.data == recipe.data
-        if drawn and _rank() == 0:
-            warn(f"{command.recipe} names no images: it learns from {config.data}, drawn faces")
         return lambda: train(
             config,
             resume=command.resume,

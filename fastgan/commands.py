@@ -32,7 +32,7 @@ Truncation = Annotated[
     float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=""), Field(gt=0)
 ]
 Scale = Annotated[Limit, Field(ge=1, le=64)]
-Fps = Annotated[float, Field(gt=0, le=120)]
+Fps = Annotated[float, Field(ge=0.1, le=120)]
 SeedNumber = Annotated[int, Field(ge=0, lt=2**63)]
 
 

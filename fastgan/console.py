@@ -35,7 +35,12 @@ def speak_as(rank: int) -> None:
 
 def say(line: str) -> None:
     """Print one line to stdout and to the open logs."""
-    if _rank == 0 and not _hushed:
+    if not _hushed:
+        _say(line)
+
+
+def _say(line: str) -> None:
+    if _rank == 0:
         _log(line)
         _print(_out, sys.stdout, line)
 
@@ -80,7 +85,9 @@ def _log(line: str) -> None:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Inside the block nothing is said, and no bar is drawn; what is warned of is."""
+    """Inside the block nothing is said, and no bar is begun; what is warned of is, and a bar from
+    before it goes on.
+    """
     global _hushed
     before, _hushed = _hushed, True
     try:
@@ -108,6 +115,7 @@ class Bar:
         self.done = start
         self.note = ""
         self._began = self._last = time.monotonic()
+        self._heard = not _hushed
         self._rich: Progress | None = None
         if sys.stdout.isatty() and _rank == 0 and not _hushed:
             _out.file = sys.stdout
@@ -135,10 +143,10 @@ class Bar:
         self.note = note if note is not None else f"{self.rate:,.0f} {self.unit}/s"
         if self._rich is not None:
             self._rich.update(self._task, completed=done, note=self.note)
-        elif time.monotonic() - self._last >= PLAIN_INTERVAL_S:
+        elif self._heard and time.monotonic() - self._last >= PLAIN_INTERVAL_S:
             self._last = time.monotonic()
             left = (self.total - done) / max(self.rate, 1e-9)
-            say(f"{self.label}: {100 * done / self.total:.0f}%  {self.note}  {clock(left)} left")
+            _say(f"{self.label}: {100 * done / self.total:.0f}%  {self.note}  {clock(left)} left")
 
     def close(self) -> None:
         if self._rich is not None:

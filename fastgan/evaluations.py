@@ -24,7 +24,7 @@ from .errors import RunError, UsageError, first_line
 from .metrics import inception
 from .metrics.evaluate import evaluate_by
 from .metrics.plan import enough, halves
-from .metrics.records import RECORDS, read
+from .metrics.records import RECORDS, read, set_aside_newer
 from .recorder import Recorder
 from .report_metrics import MEASURES, value_at
 from .signals import said
@@ -57,8 +57,10 @@ def check_metrics(config: TrainConfig) -> None:
             "out (`fastgan evaluate RUN` makes a cache, and measures checkpoints at any time)"
         )
     enough({f"--eval-count {config.eval_count}": config.eval_count}, config.eval_metrics, FLAG)
-    if "inception" in config.eval_metrics and inception.find(None) is None:
-        raise UsageError(f"{FLAG} inception: {inception.DOWNLOAD}")
+    if "inception" in config.eval_metrics:
+        inception.require_library(FLAG)
+        if inception.find(None) is None:
+            raise UsageError(f"{FLAG} inception: {inception.DOWNLOAD}")
 
 
 def check_images(config: TrainConfig, data: Data) -> None:
@@ -77,6 +79,18 @@ class Evaluations:
 
     def __init__(self, state: State, recorder: Recorder | None) -> None:
         self._state, self._recorder = state, recorder
+
+    def begin(self) -> None:
+        """When a run goes on: what was found of it after this point is set aside."""
+        if self._recorder is None:
+            return
+        try:
+            count = set_aside_newer(self._recorder.run.path, self._state.images)
+        except OSError as error:
+            console.warn(f"evaluations of later checkpoints could not be set aside: {error}")
+            return
+        if count:
+            console.say(f"set aside  {count} evaluations of later checkpoints")
 
     def missing(self) -> bool:
         """Whether the run's metrics.jsonl has none of a checkpoint of now; asked by all ranks."""

@@ -2,7 +2,8 @@
 
 README.md                  a model card: what it is, how to load it, how it was trained
 samples.png                64 images of one seed
-generator.safetensors      --format safetensors, with config.json, and D's where it is known:
+config.json                what the networks are
+generator.safetensors      --format safetensors, with D's where it is known:
 discriminator.safetensors  `fastgan.load_generator(FOLDER)`, --init-g and --init-d take them
 generator.onnx             --format onnx
 netG.pth  netD.pth         --format torch-examples: pytorch/examples' dcgan/main.py takes them
@@ -64,6 +65,7 @@ def export(command: ExportCommand) -> Path:
         _check_examples(found, critic)
     said: list[str] = []
     with _complete_or_absent(target, command.out) as folder:
+        _write_options(folder, options)
         if "safetensors" in formats:
             _write_safetensors(folder, found, options, critic)
         if "onnx" in formats:
@@ -99,7 +101,7 @@ def _complete_or_absent(target: Path, out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` when the block ends well and is gone when not.
 
     One that is there already, which may be a mount or somebody's current folder, is kept: the whole
-    files are moved into it.
+    files are moved into it, one after another; README.md is the last.
     """
     kept = target.exists()
     scratch = (target / ".tmp") if kept else target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -128,9 +130,16 @@ def _discriminator(found: Found) -> tuple[dict[str, Tensor], NetworkOptions] | N
         return {
             k: t.float() if t.is_floating_point() else t for k, t in saved.items()
         }, found.options
-    if found.path.is_dir() and (found.path / DISCRIMINATOR).is_file():
-        return read_discriminator(found.path / DISCRIMINATOR)
-    return None
+    path = found.path / DISCRIMINATOR
+    if not (found.path.is_dir() and path.is_file()):
+        return None
+    state, options = read_discriminator(path)
+    if (options.size, options.width) != (found.options.size, found.options.width):
+        raise RunError(
+            f"{path} is of {options.size} px and width {options.width}, and the generator beside "
+            f"it of {found.options.size} px and width {found.options.width}: take one of them away"
+        )
+    return state, options
 
 
 def _check_examples(found: Found, critic: tuple[State, NetworkOptions] | None) -> None:
@@ -177,6 +186,10 @@ def _write_safetensors(
     if critic is not None:
         about = _about("discriminator", options, digest_of(critic[0]))
         write_tensors(folder / DISCRIMINATOR, critic[0], about)
+
+
+def _write_options(folder: Path, options: NetworkOptions) -> None:
+    """What weights beside it are of, also those whose file cannot say it."""
     values = {"fastgan": __version__, **options.model_dump(mode="json")}
     write_flushed(folder / CONFIG, (json.dumps(values, indent=1) + "\n").encode())
 

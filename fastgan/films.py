@@ -41,16 +41,16 @@ def film_file(path: Path, flag: str, fps: float) -> Path:
     return picture_file(path, SUFFIXES, flag)
 
 
-def magnification(sides: tuple[int, int], scale: int | None) -> int:
+def magnification(sides: tuple[int, int], scale: int | None, strip: int = 0) -> int:
     """How many times frames of this width and height are magnified: `scale`, or as often as makes
-    their shorter side `SEEN_SIDE` or a little more.
+    their shorter side `SEEN_SIDE` or a little more. `strip` pixels come below them.
 
     Raises:
         UsageError: they would be larger than any film's, by `--scale` or as they are.
     """
-    usual = min(-(-SEEN_SIDE // min(sides)), MAX_SIDE // max(sides))
+    usual = min(-(-SEEN_SIDE // min(sides)), (MAX_SIDE - strip) // max(sides))
     times = scale or max(usual, 1)
-    width, height = (side * times for side in sides)
+    width, height = sides[0] * times, sides[1] * times + strip
     if max(width, height) > MAX_SIDE:
         flag = f"--scale {scale}" if scale else "--grid"
         raise UsageError(

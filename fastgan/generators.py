@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import NAME, PARTS, Checkpoint, find, under
 from .config import NetworkOptions, TrainConfig, recorded_config
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 from .layouts import digest_of, read_generator
 from .models import AnyGenerator, make_generator
 from .modes import pick_kernels
@@ -69,8 +69,9 @@ def load_generator(
         images = generator(torch.randn(16, generator.latent))  # [16, 3, 64, 64]
         pixels = fastgan.samples.to_uint8(images, generator.pixel_range)  # uint8 [16, 64, 64, 3]
 
-    Images are in `generator.pixel_range`, (-1, 1) or (0, 1); latents are to be drawn from N(0, 1),
-    or from U(-1, 1) where `generator.latent_dist` is "uniform".
+    Images are in `generator.pixel_range`, (-1, 1) or (0, 1), which those of a ReLU may pass;
+    latents are to be drawn from N(0, 1), or from U(-1, 1) where `generator.latent_dist` is
+    "uniform".
 
     Args:
         path: a run (its newest checkpoint), one checkpoint, a folder that `fastgan export` wrote,
@@ -79,9 +80,13 @@ def load_generator(
         device: where it computes.
 
     Raises:
-        UsageError: there is no such thing, or a run without a checkpoint.
+        UsageError: there is no such thing, a run without a checkpoint, or no such device.
         RunError: it is damaged, or something else than a generator.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's, built without CUDA, asserts
+        raise UsageError(f"load_generator: device {device}: {first_line(error)}") from None
     return open_generator(str(path), "load_generator: path", ema, torch.device(device)).generator
 
 

@@ -102,6 +102,8 @@ def _read(path: Path, which: Which, prefix: str) -> tuple[dict[str, Tensor], Net
         raise RunError(f"weights {path} are of no {which}{_instead(saved, which, error)}") from None
     if not all(bool(t.isfinite().all()) for t in state.values()):
         raise RunError(f"weights {path}: not all of them are finite numbers")
+    if any(bool((t < 0).any()) for name, t in state.items() if name.endswith("running_var")):
+        raise RunError(f"weights {path} are damaged: a variance in them is below 0")
     return state, _recorded(path, state, options, which)
 
 
@@ -281,7 +283,8 @@ def _recorded(
             found = NetworkOptions.model_validate_json(json.dumps(known), strict=True)
         except ValidationError as error:
             raise RunError(explain(error, f"{where}: ", dash=False)) from None
-        if all(getattr(found, key) == getattr(told, key) for key in told_by):
+        fixed = {found.arch in FIXED, told.arch in FIXED}
+        if len(fixed) == 1 and all(getattr(found, key) == getattr(told, key) for key in told_by):
             return found
         warn(f"{where} is of {_words(found, which)}, and not of {path.name}: it does not count")
     return told

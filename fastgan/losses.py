@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,15 +67,21 @@ class Objective:
 
     def probability(self, logits: Tensor) -> Tensor:
         """[B], of being real: the sigmoid (for hinge by convention); for least-squares the logit,
-        held to 0 to 1, as the best D is p / (p + q) itself (Mao et al. 2017, eq. 5).
+        held to 0 to 1, as the best D is p / (p + q) itself (Mao et al. 2017, eq. 5). Of smoothed
+        targets it is 1 - s of that.
         """
         wide = widen(logits)
         return wide.clamp(0, 1) if self.loss == "least-squares" else wide.sigmoid()
 
     @property
     def threshold(self) -> float:
-        """The logit above which D says "real"."""
-        return 0.5 if self.loss == "least-squares" else 0.0
+        """The logit above which D says "real": the best one's where p = q, (1 - s) / 2 as a
+        probability.
+        """
+        s = self.label_smoothing
+        if self.loss == "least-squares":
+            return (1 - s) / 2
+        return math.log((1 - s) / (1 + s))
 
 
 def widen(logits: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .errors import RunError, first_line, is_out_of_memory
 from .latents import latents
 from .loggers import TensorBoard
 from .models import convolutions_of
+from .run_files import GRID
 from .runlog import Run
 from .samples import generate, grid, save_picture
 from .saving import Saver
@@ -75,6 +76,7 @@ class Recorder:
             moved = checkpoint.set_aside_newer(
                 run.path, state.images, self.start.path if self.start is not None else None
             )
+            self._set_aside_grids()
             self.log = StatsLog(run.path, state.step_count)
             run.status("running", state.step_count, state.images)
         except OSError as error:
@@ -92,6 +94,15 @@ class Recorder:
         self._announce()
         if moved:
             console.say(f"set aside  {len(moved)} later checkpoints, now in {moved[0].parent}")
+
+    def _set_aside_grids(self) -> None:
+        """Move grids of later images into samples/set-aside: they are of another course."""
+        samples = self.run.path / "samples"
+        for path in samples.iterdir():
+            found = GRID.fullmatch(path.name)
+            if found and round(float(found[1]) * 1000) > self.state.images:
+                (samples / "set-aside").mkdir(exist_ok=True)
+                path.replace(samples / "set-aside" / path.name)
 
     def _describe(self) -> None:
         self.run.write("config.json", to_plain(self.config))

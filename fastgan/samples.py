@@ -53,7 +53,7 @@ def generate(generator: AnyGenerator, pieces: Iterator[Tensor]) -> Iterator[Tens
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """uint8 [N, H, W, 3] as one picture, near to square unless the columns are given; between and
-    around the images `GAP` white pixels.
+    around the images `GAP` white pixels, around a single one none.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     tiled = make_grid(images.permute(0, 3, 1, 2), nrow=columns, padding=GAP, pad_value=255)

@@ -206,6 +206,7 @@ class Trainer:
             with self.ranks.together():
                 if recorder is not None:
                     recorder.begin()
+                self.evaluations.begin()
             state.warm_up()  # before signals wait for a step: there is nothing to save yet
             self.caught = outer.enter_context(noted())
             if recorder is not None:

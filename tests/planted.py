@@ -37,9 +37,9 @@ class EvalInG(Step):
 class StaleD(Step):
     """Planted: G is judged by the discriminator from before its update."""
 
-    def _update_d(self, real: Tensor, fake: Tensor):
+    def _update_d(self, real: Tensor, fake: Tensor, penalised: bool):
         self.old = [p.detach().clone() for p in self.d.working.parameters()]
-        return super()._update_d(real, fake)
+        return super()._update_d(real, fake, penalised)
 
     def _update_g(self, fake: Tensor) -> Tensor:
         params = list(self.d.working.parameters())

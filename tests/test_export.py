@@ -267,13 +267,13 @@ def test_the_card(run):
 
 def test_a_card_of_hostile_names(run, tmp_path):
     found = open_generator(str(run), "RUN", True, CPU)
-    name = "a|b](x)<img src=x>`````\n---\n# *h*"
+    name = "a|b](x)<img src=x>`````\n---\n# *h*\u2028"
     config = found.config.model_copy(
         update={"data": f"/secret/place/{name}", "init_g": tmp_path / "q"}
     )
     text = card.card(replace(found, config=config), f"{name}", ["config.json"], True, 0)
     assert "secret" not in text and str(tmp_path) not in text and 'init_g = "q"' in text
-    escaped = r"a\|b\](x)\<img src=x\>\`\`\`\`\` --- \# \*h\*"
+    escaped = r"a\|b\](x)\<img src=x\>\`\`\`\`\` --- \# \*h\*"  # and U+2028 is a space
     assert f"# {escaped}\n" in text and f"| Data | {escaped} (160 images) |" in text
     assert text.count("<img") == text.count(r"\<img") + 1  # in the recipe's fence
     fence, rest = text.split("toml\n", 1)
@@ -359,3 +359,31 @@ def test_a_discriminator_with_spectral_norm_is_none_of_theirs(run, tmp_path):
     critic = ({}, NetworkOptions(size=64, width=4, spectral_norm=True))
     with pytest.raises(UsageError, match="D has spectral norm, theirs has batch norm"):
         export._check_examples(found, critic)
+
+
+def test_a_file_that_cannot_say_what_its_latents_are_has_it_beside_it(tmp_path):
+    source = weights(tmp_path / "g.safetensors", size=64, latent=8, width=2, latent_dist="uniform")
+    out = tmp_path / "out"
+    assert main(["export", str(source), "--format=torch-examples", f"--out={out}"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("README.md", "config.json", "netG.pth", "samples.png")
+    ]
+    assert read_generator(out / "netG.pth")[1].latent_dist == "uniform"
+
+
+def test_a_discriminator_of_another_shape_is_not_taken_along(tmp_path, capsys):
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    weights(folder / "generator.safetensors", size=32, latent=8, width=2)
+    other = make_discriminator(NetworkOptions(size=64, width=3), "torch")
+    init_weights(other, torch.Generator().manual_seed(0))
+    write_tensors(folder / "discriminator.safetensors", other.state_dict())
+    said = refused(capsys, folder, "--out", tmp_path / "out", code=1)
+    assert "is of 64 px and width 3, and the generator beside it of 32 px and width 2" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_of_a_relu_says_that_pixels_pass_1(tmp_path):
+    values = {"arch": "two-rate", "latent": 125, "pixel_range": (0.0, 1.0)}
+    found = open_generator(str(weights(tmp_path / "g.safetensors", **values)), "RUN", True, CPU)
+    assert "some are over 1, and as white" in card.card(found, "a", [], True, 0)

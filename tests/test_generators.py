@@ -97,6 +97,7 @@ def test_what_is_none(run, tmp_path):
 
     kinds = "path must be a run, a checkpoint, an exported folder or weights (.safetensors, .pth)"
     assert f"{kinds}; no such path: {tmp_path / 'x'}" in refused(tmp_path / "x")
+    assert "load_generator: device cud: " in refused(run, device="cud")
     said = refused(run / "checkpoints" / "000007.000kimg")
     assert "no such run or checkpoint folder (there are 000000.040kimg, 000000.080kimg)" in said
     assert f"{kinds}; it is another folder" in refused(tmp_path)

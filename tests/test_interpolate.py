@@ -210,6 +210,7 @@ def test_a_walk_as_a_film(weights, tmp_path, capsys):
         (["--scale", "60", "--grid", "4x4"], "--scale 60: frames would be 8,280x8,280 px"),
         (["--out", "a.png"], "--out must end in .webp, .gif, .mp4, got a.png"),
         (["--out", "a.gif", "--fps", "60"], "--fps must be at most 50 for a .gif, got 60"),
+        (["--out", "a.gif", "--fps", "0.001"], "--fps must be greater than or equal to 0.1"),
     ],
 )
 def test_wrong_walks(weights, tmp_path, monkeypatch, capsys, flags, words):

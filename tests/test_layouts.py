@@ -163,6 +163,25 @@ def test_records(tmp_path, capsys):
     assert f"{config} is of a dcgan generator (32 px, width 2, latent 4), and not of a" in said
 
 
+def test_a_record_of_another_kind_of_network_does_not_count(tmp_path, capsys):
+    options = NetworkOptions(arch="two-rate", latent=125, pixel_range=(0, 1))
+    state = drawn(make_discriminator(options, "torch")).state_dict()
+    write_tensors(tmp_path / "d.safetensors", state)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"fastgan": "0.1.0", **NetworkOptions().model_dump(mode="json")})
+    )
+    assert read_discriminator(tmp_path / "d.safetensors")[1].arch == "two-rate"
+    assert "it does not count" in capsys.readouterr().err
+
+
+def test_a_variance_below_0_is_damage(tmp_path):
+    state = drawn(make_generator(NetworkOptions(size=32, latent=3, width=2), "torch")).state_dict()
+    state["blocks.0.norm.running_var"][1] = -1e-3
+    write_tensors(tmp_path / "a.safetensors", state)
+    with pytest.raises(RunError, match="a variance in them is below 0"):
+        read_generator(tmp_path / "a.safetensors")
+
+
 def refused(read, path, tensors):
     write_tensors(path, tensors)
     with pytest.raises(RunError) as error:

@@ -97,14 +97,16 @@ def test_16_bits_are_widened_first(loss, dtype):
     assert torch.equal(ours.probability(fake), ours.probability(fake.float()))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_best_discriminators_logit_is_half_at_the_threshold(loss):
+@pytest.mark.parametrize(
+    ("loss", "s"), [*((loss, 0.0) for loss in LOSSES), ("minimax", 0.2), ("least-squares", 0.2)]
+)
+def test_the_best_discriminators_logit_is_the_threshold_where_it_cannot_tell(loss, s):
     """Where as many images are real as fake, D does best with the threshold itself: its loss is
-    least there, and the probability 1/2.
+    least there, and the probability 1/2, or half of the smoothed target.
     """
-    ours = Objective(loss)
+    ours = Objective(loss, s)
     at = torch.full((4,), ours.threshold, dtype=torch.float64)
-    assert torch.equal(ours.probability(at), torch.full_like(at, 0.5))
+    torch.testing.assert_close(ours.probability(at), torch.full_like(at, (1 - s) / 2))
     for step in (-0.05, 0.05):
         assert ours.d(at + step, at + step) >= ours.d(at, at)
     far = torch.tensor([-30.0, 30.0], dtype=torch.float64)

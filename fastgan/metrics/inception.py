@@ -12,6 +12,7 @@ All is float32, and TF32 is off: that bf16 leaves the third digit alone is not s
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,6 +108,12 @@ def _extra() -> Iterator[None]:
             "Inception's metrics need torch-fidelity 0.4: pip install 'fastgan[metrics]' "
             f"({first_line(error)})"
         ) from error
+
+
+def require_library(flag: str) -> None:
+    """`UsageError` unless torch-fidelity is there; `flag` asks for it."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UsageError(f"{flag} inception needs torch-fidelity: pip install 'fastgan[metrics]'")
 
 
 @dataclass(frozen=True)

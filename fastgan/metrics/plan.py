@@ -93,6 +93,8 @@ class Plan:
                 raise UsageError(f"--metrics inception: {inception.MISSING}")
             say(f"inception  {inception.MISSING}")
             asked.remove("inception")
+        else:
+            inception.require_library("--metrics")  # before anything is decoded
         return asked, weights
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from .. import checkpoint
 from ..console import warn
 from ..data.image_file import open_regular
-from ..durable import flush
+from ..durable import flush, replace_file
 from ..run_files import TERMS
 
 RECORDS = "metrics.jsonl"
@@ -53,6 +53,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     except OSError:
         pass
     return found
+
+
+def set_aside_newer(run: Path, images: int) -> int:
+    """Move the records of checkpoints of more than so many images into metrics.set-aside.jsonl, and
+    return how many: a run that goes on from an earlier point comes by their names again.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    records = read(run / RECORDS)
+    newer = [r for r in records if isinstance(n := r.get("images_seen"), int) and n > images]
+    if newer:
+        aside = (run / RECORDS).with_suffix(".set-aside.jsonl")
+        for record in newer:
+            append(aside, record)
+        kept = (json.dumps(record) + "\n" for record in records if record not in newer)
+        replace_file(run / RECORDS, "".join(kept).encode())
+    return len(newer)
 
 
 def mark(run: Path, path: Path, record: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ is without them, whatever becomes of one.
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastgan import checkpoint, distributed, evaluations
 from fastgan.charts import DISTANCES
 from fastgan.cli import main
 from fastgan.config import TrainConfig
+from fastgan.errors import UsageError
 from fastgan.metrics import c2st, evaluate, inception, ms_ssim, plan, rows, swd
 from fastgan.metrics.records import read
 from fastgan.run_files import MAX_RECORDS, read_run
@@ -274,8 +276,28 @@ def test_the_other_metrics_tell_of_their_work_too(monkeypatch):
     assert told == [0, 20, 40, 60]
 
 
+def test_going_on_from_an_earlier_point_sets_aside_what_was_found_after_it(tmp_path, capsys):
+    run = trained(tmp_path, "--eval-kimg=0.032", *CHEAP, "--save-kimg=0.032", "--sample-kimg=0.032")
+    assert evaluated(run) == NAMES
+    early = run / "checkpoints" / NAMES[0]
+    flags = [f"--resume={early}", "--lr-g=0.001", "--kimg=0.048", "--eval-kimg=9"]
+    assert main(["train", *flags]) == 0
+    assert "set aside  2 evaluations" in capsys.readouterr().out
+    assert evaluated(run) == [NAMES[0], "000000.048kimg"]
+    aside = read(run / "metrics.set-aside.jsonl")
+    assert [record["checkpoint"] for record in aside] == NAMES[1:]
+    grids = sorted(path.name for path in (run / "samples").glob("fake-*"))
+    assert [name[5:15] for name in grids] == ["000000.000", "000000.032", "000000.048"]
+    moved = sorted(path.name for path in (run / "samples" / "set-aside").iterdir())
+    assert [name[5:15] for name in moved] == ["000000.064", "000000.080"]
+
+
 def test_inception_where_its_weights_are(monkeypatch):
     monkeypatch.setattr(inception, "find", lambda named: "weights.pth")
     config = TrainConfig(eval_kimg=1, eval_metrics=("inception",))
     evaluations.check_metrics(config)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch_fidelity", None)
+        with pytest.raises(UsageError, match="--eval-metrics inception needs torch-fidelity"):
+            evaluations.check_metrics(config)
     evaluations.check_metrics(TrainConfig(eval_metrics=("c2st",), eval_count=2))  # never asked
