@@ -182,6 +182,11 @@ class Ranks:
         gone = self._watcher is not None and self._watcher.gone
         return signal.SIGTERM if gone else 0
 
+    def share_of(self, batch: int) -> slice:
+        """This rank's rows of a batch of all ranks, which they divide evenly."""
+        share = batch // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
     # What is added up.
 
     def sum_(self, t: Tensor) -> Tensor:

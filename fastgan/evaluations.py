@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -74,6 +75,12 @@ def check_images(config: TrainConfig, data: Data) -> None:
         enough(most, config.eval_metrics, FLAG)
 
 
+def evaluated(path: Path) -> bool:
+    """Whether the metrics.jsonl of its run has a record of a checkpoint."""
+    records = read(path.parent.parent / RECORDS)
+    return any(record.get("checkpoint") == path.name for record in records)
+
+
 class Evaluations:
     """Those of a run, which rank 0 makes (it has the recorder) while the others wait."""
 
@@ -96,9 +103,8 @@ class Evaluations:
         """Whether the run's metrics.jsonl has none of a checkpoint of now; asked by all ranks."""
         found = False
         if self._recorder is not None:
-            name = kimg_name(self._state.images)
-            records = read(self._recorder.run.path / RECORDS)
-            found = any(record.get("checkpoint") == name for record in records)
+            path = self._recorder.run.path / "checkpoints" / kimg_name(self._state.images)
+            found = evaluated(path)
         return not self._state.ranks.share(found)
 
     def evaluate(self, bar: console.Bar | None, caught: Sequence[int]) -> None:

@@ -55,6 +55,8 @@ class Graphed:
         advance: on a batch, operations on the device of fixed shapes alone, and no reading back.
         batch: any batch of the set; its images are those of every later one.
         state, random: `warm_up`'s.
+        pool: another graph's, whose memory it shares: the two are never replayed at once, and
+            neither leaves anything there for the other.
 
     Raises:
         RunError: it could not be captured.
@@ -66,6 +68,7 @@ class Graphed:
         batch: Batch,
         state: Sequence[Tensor],
         random: torch.Generator,
+        pool: Any = None,
     ) -> None:
         self._batch = Batch(batch.images, batch.index.clone())
         self._advance = advance  # whose tensors the graph reads and writes: they live as long
@@ -80,7 +83,9 @@ class Graphed:
         failed: list[BaseException] = []
         try:
             # other threads may go on asking the GPU things meanwhile, as NCCL's does
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=side, capture_error_mode="thread_local"
+            ):
                 # an error here makes the end of the capture fail, too, which would hide it
                 self._result = _noting(failed, advance, self._batch)
         except Exception as error:
@@ -92,6 +97,11 @@ class Graphed:
                 f"the step could not be captured as a CUDA graph ({first_line(cause)}); --no-graph "
                 "trains without one"
             ) from cause
+
+    @property
+    def pool(self) -> Any:
+        """Of the graph's memory."""
+        return self._graph.pool()
 
     def __call__(self, batch: Batch) -> Any:
         """What `advance` returned, in tensors that the next call writes anew."""

@@ -22,8 +22,9 @@ class Objective:
         hinge            max(0, 1 - real) + max(0, 1 + fake)       -fake
         least-squares    (real - 1)^2 / 2 + fake^2 / 2             (fake - 1)^2 / 2
 
-    D(x) is the sigmoid of the logit. Sources: Goodfellow et al. 2014, eq. 1 and section 3; Lim and
-    Ye 2017 (arXiv:1705.02894); Mao et al. 2017 (arXiv:1611.04076), eq. 9, a = 0, b = c = 1.
+    D(x) is the sigmoid of the logit in the first two. Sources: Goodfellow et al. 2014, eq. 1 and
+    section 3; Lim and Ye 2017 (arXiv:1705.02894); Mao et al. 2017 (arXiv:1611.04076), eq. 9, a = 0,
+    b = c = 1.
 
     Attributes:
         label_smoothing: s, from 0: the target of real images alone is 1 - s in D's loss (Salimans

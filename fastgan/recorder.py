@@ -90,7 +90,7 @@ class Recorder:
                 self._open.callback(self.viewer.close)
         spread = np.linspace(0, self.data.count - 1, min(self.config.grid, self.data.count))
         self.real = self.data.pictures(spread.astype(np.int64))
-        self.watch = Watch(self.real, self.log.rows)
+        self.watch = Watch(self.real, self.log.rows, state.step.objective)
         self._announce()
         if moved:
             console.say(f"set aside  {len(moved)} later checkpoints, now in {moved[0].parent}")

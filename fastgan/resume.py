@@ -26,7 +26,7 @@ from .runlog import held_by, run_number
 class Change(Enum):
     """What a changed option means for a run that goes on."""
 
-    NEVER = "refused: it shapes the networks"
+    NEVER = "refused: it is what the networks are"
     NAMED = "refused unless --allow-change names it: it is part of what the run is"
     TOLD = "told: it changes what is computed from here on"
     CODE = "told, and nothing to --resume auto: the same is computed elsewhere, or by other code"
@@ -113,7 +113,7 @@ def allowed_changes(names: Iterable[str]) -> frozenset[str]:
         if CHANGE_OF[key] is Change.NEVER:
             raise UsageError(
                 f"--allow-change {name}: {flag_of(key)} cannot change, since a run's networks keep "
-                "their shape: start a new run"
+                "what they are: start a new run"
             )
         keys.add(key)
     return frozenset(keys)
@@ -151,7 +151,7 @@ def check_changes(
         if change is Change.NEVER:
             errors.append(
                 f"{flag_of(key)} cannot change within a run: {where} has {was}, got {now}; a run's "
-                "networks keep their shape: start a new run"
+                "networks stay what they are: start a new run"
             )
         elif change is Change.NAMED and key not in {*allowed, *BY_CONTENTS}:
             errors.append(

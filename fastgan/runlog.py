@@ -88,9 +88,10 @@ class Run:
         self.write("run.json", {"status": status, "step": step, "kimg": images / 1000})
 
     def finish(self, step: int, images: int) -> None:
-        """Record that the run is done where a kill came before that could be."""
+        """Record that the run is done where its end came before that could be."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((self.path / "run.json").read_text("utf-8"))["status"] == "running":
+            status = json.loads((self.path / "run.json").read_text("utf-8"))["status"]
+            if status in ("running", "preempted"):
                 self.status("done", step, images)
 
     def close(self) -> None:

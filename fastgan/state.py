@@ -96,11 +96,10 @@ class State:
         config, ranks = self.config, self.ranks
         if not (config.diffaug or config.instance_noise):
             return None
-        share = config.batch // ranks.world
         return Sight(
             config.size,
             config.batch,
-            slice(ranks.rank * share, (ranks.rank + 1) * share),
+            ranks.share_of(config.batch),
             config.diffaug,
             config.instance_noise,
             pixel_range=config.pixel_range,
@@ -173,12 +172,14 @@ class State:
         batch = Batch(self.feed.images, index)
         with compiling.explained():
             state = (batch, self.tensors(), self.random)
-            if self.modes.graph:
-                self.advance = Graphed(self._advance, *state)
-                if self.config.r1:
-                    self.penalised = Graphed(self._penalised, *state)
-            else:
-                warm_up(self._penalised if self.config.r1 else self._advance, *state)
+            r1, pool = self.config.r1 > 0, None
+            if not self.modes.graph:
+                warm_up(self._penalised if r1 else self._advance, *state)
+            if self.modes.graph and not (r1 and self.config.r1_every == 1):
+                self.advance = plain = Graphed(self._advance, *state)
+                pool = plain.pool
+            if self.modes.graph and r1:
+                self.penalised = Graphed(self._penalised, *state, pool=pool)
         console.say(f"ready      after a warm-up of {time.perf_counter() - began:.1f} s")
 
     def undo_frozen(self) -> int:

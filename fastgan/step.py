@@ -17,7 +17,8 @@ and use their rows, and each network's gradients are averaged before its Adam (`
 What is not finite changes nothing (`health.py`).
 
 With R1 a step may carry the penalty: it is computed by float32's own network and PyTorch's own
-operators, which can be differentiated twice, and its gradient is added to D's.
+operators, which can be differentiated twice, and its gradient is added to D's. It is that at real
+images as D sees them, augmented and with noise: D's own inputs.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Step:
             networks' device.
         objective: what the two minimise (default: the non-saturating losses).
         sight: what D sees of an image; None: the image.
-        penalty: the weight of the mean squared gradient of D at real images, in the steps that
-            carry it.
+        penalty: the weight of the mean squared gradient of D at what it sees of real images, in
+            the steps that carry it.
         flip: mirror each real image left to right with probability 1/2.
         one_pass: real and fake through D together; False for two passes, which is the same
             function.
@@ -112,8 +113,7 @@ class Step:
         self.latents = torch.empty(batch, g.network.latent, dtype=kept, device=self.device)
         self.flips = torch.empty(batch, device=self.device) if flip else None
         self.ranks = ranks = ranks or Ranks()
-        share = batch // ranks.world
-        self._share = slice(ranks.rank * share, (ranks.rank + 1) * share)  # of the whole batch
+        self._share = ranks.share_of(batch)
         mine = self.latents[self._share]
         self._z = mine if kept == self.dtype else self._aligned(mine.shape)
         self.health = Health({"d": d, "g": g}, self.scale, impl)

@@ -22,7 +22,7 @@ from .data.prepare import default_root
 from .distributed import Ranks, Stop
 from .env import memory_line
 from .errors import RunError, UsageError, first_line, is_out_of_memory
-from .evaluations import Evaluations, check_images, check_metrics
+from .evaluations import Evaluations, check_images, check_metrics, evaluated
 from .health import explain
 from .loggers import check_logger
 from .modes import Modes, pick_modes
@@ -32,7 +32,7 @@ from .resume import SET, allowed_changes, check_changes, run_of, run_to_resume
 from .runlog import Run
 from .signals import noted
 from .state import State
-from .warm_start import warm_start
+from .warm_start import FirstWeights, first_weights, warm_start
 
 # What may differ between the processes of a run: where things lie, and what rank 0 alone does.
 OWN = {"data", "out", "cache", "loader", "decoder", "on_bad", "keep_checkpoints"}
@@ -58,7 +58,11 @@ def train(
         exit_zero: return 0 after SIGTERM and SIGUSR1, too.
         began: is told the run's folder, once there is one.
     """
-    config = config.model_copy(update={"data": absolute(config.data, "--data")})
+    paths: dict[str, Any] = {"data": absolute(config.data, "--data")}
+    for key in ("init_g", "init_d"):
+        if (path := getattr(config, key)) is not None:
+            paths[key] = Path(absolute(str(path), flag_of(key)))
+    config = config.model_copy(update=paths)
     ranks = Ranks.from_environment()
     _check_share(config, ranks)
     console.speak_as(ranks.rank)
@@ -115,6 +119,7 @@ def _train(
     began: Callable[[Path], object] | None,
 ) -> int:
     found = None
+    first: FirstWeights = {}
     _check_alike(config, modes, ranks)
     with ranks.together():
         if ranks.first:
@@ -122,6 +127,7 @@ def _train(
             found = run_to_resume(config, resume, allow_change)
             if found is None:
                 check_folder(config.out, "--out")
+                first = first_weights(config)  # before anything is decoded
     start = ranks.share(str(found) if found is not None else None)
     with ExitStack() as stack:
         with ranks.together():
@@ -157,9 +163,13 @@ def _train(
                 paths = checkpoint.checkpoints(run.path) if run is not None else []
                 if run is not None and saved is not None and saved.path == paths[-1]:
                     run.finish(state.step_count, state.images)
+                    if config.eval_kimg and not evaluated(saved.path):
+                        console.say(
+                            f"not evaluated yet: fastgan evaluate {shlex.quote(str(run.path))}"
+                        )
                 return 0
         else:
-            warm_start(state)
+            warm_start(state, first)
         recorder = None
         if run is not None:
             recorder = stack.enter_context(closing(Recorder(run, state, saved, changed)))
@@ -239,7 +249,7 @@ class Trainer:
                     return number
                 self._next()
                 bar.update(state.images / 1000, bar.note or "first tick")
-                if self._due(self._tick_kimg(), TICK_SHARE):
+                if self._tick_due():
                     row = self._tick()
                     bar.update(state.images / 1000, f"{row['img_per_s']:,.0f} img/s")
                 if not self._left():
@@ -274,16 +284,17 @@ class Trainer:
             ) from None
         state.take(batch)  # what fails in it, a rank that is gone, leaves half a step
 
-    def _tick_kimg(self) -> float | None:
-        config = self.config
-        if config.tick_epochs is not None:
-            return config.tick_epochs * self.state.data.count / 1000
-        return config.tick_kimg
+    def _tick_due(self) -> bool:
+        if self.config.tick_epochs is not None:
+            return self._crossed(self.config.tick_epochs * self.state.data.count)
+        return self._due(self.config.tick_kimg, TICK_SHARE)
 
     def _due(self, every_kimg: float | None, share: float) -> bool:
-        """Whether the last step crossed a multiple of the interval: a function of the images."""
+        return self._crossed(every_kimg * 1000 if every_kimg else share * self.state.total_images)
+
+    def _crossed(self, every: float) -> bool:
+        """Whether the last step crossed a multiple of so many images."""
         images, batch = self.state.images, self.config.batch
-        every = every_kimg * 1000 if every_kimg else share * self.state.total_images
         return images // every != (images - batch) // every
 
     def _tick(self) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import FIXED, NetworkOptions, flag_of
+from torch import Tensor
+
+from .config import FIXED, NetworkOptions, TrainConfig, flag_of
 from .errors import RunError, UsageError
 from .layouts import read_discriminator, read_generator
 from .optim import copy_into
@@ -18,44 +20,51 @@ TOLD = {
 }
 KIND = {"init_g": "generator", "init_d": "discriminator"}
 
+FirstWeights = dict[str, dict[str, Tensor]]  # by "init_g" and "init_d"
 
-def warm_start(state: State) -> None:
-    """Put the weights that the run's configuration names in place of those that were drawn; the
-    average begins with the generator's.
+
+def first_weights(config: TrainConfig) -> FirstWeights:
+    """The tensors that the configuration names, by our names, float32 on the CPU.
 
     Raises:
-        UsageError: they are of another network than the run's.
+        UsageError: they are of another network than the run's, or there is no such file.
         RunError: they cannot be read.
     """
-    named = {key: path for key in TOLD if (path := getattr(state.config, key)) is not None}
-    if not named:
+    found: FirstWeights = {}
+    for key in TOLD:
+        if (path := getattr(config, key)) is None:
+            continue
+        try:
+            found[key], theirs = (read_generator if key == "init_g" else read_discriminator)(path)
+        except (UsageError, RunError) as error:
+            raise type(error)(f"{flag_of(key)}: {error}") from None
+        _check_same(config, theirs, key, path)
+    return found
+
+
+def warm_start(state: State, first: FirstWeights) -> None:
+    """Put these weights, which rank 0 has, in place of those that were drawn; the average begins
+    with the generator's.
+    """
+    config, ranks = state.config, state.ranks
+    if config.init_g is None and config.init_d is None:
         return
-    ranks = state.ranks
-    with ranks.together():
-        for key, path in named.items() if ranks.first else ():
-            _put(state, key, path)
+    networks: dict[str, list[Any]] = {"init_d": [state.d], "init_g": [state.g, state.ema]}
+    for key, weights in first.items():
+        for each in networks[key]:
+            copy_into(each.network.state_dict(), weights, flag_of(key))
     ranks.broadcast_(state.tensors())
     for side in (state.g, state.d):
         side.adam.write_low()
 
 
-def _put(state: State, key: str, path: Path) -> None:
-    read = read_generator if key == "init_g" else read_discriminator
-    weights, theirs = read(path)
-    _check_same(state.config, theirs, key, path)
-    networks: tuple[Any, ...] = (state.d.network,)
-    if key == "init_g":
-        networks = (state.g.network, state.ema.network)
-    try:
-        for network in networks:
-            copy_into(network.state_dict(), weights, f"{flag_of(key)} {path}")
-    except ValueError as error:
-        raise RunError(str(error)) from None
-
-
 def _check_same(ours: NetworkOptions, theirs: NetworkOptions, key: str, path: Path) -> None:
     """`UsageError` where weights are of another network than the run's: both are named."""
-    held, wanted = ({name: getattr(of, name) for name in TOLD[key]} for of in (theirs, ours))
+    names = TOLD[key]
+    # a file without a record is of normal latents as far as anybody knows, and may be of others
+    if key == "init_g" and theirs.latent_dist != "normal":
+        names = (*names, "latent_dist")
+    held, wanted = ({name: getattr(of, name) for name in names} for of in (theirs, ours))
     if key == "init_d" and {theirs.arch, ours.arch} <= set(FIXED):
         held["arch"] = wanted["arch"]  # both of these have the same D
     different = [name for name in held if held[name] != wanted[name]]

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .losses import Objective
+
 # Both networks learn from an image as far as they are wrong about it: D by 1 - D(x) and D(G(z)),
 # G by 1 - D(G(z)), each 0.5 where D cannot tell. G learns on where D is far ahead: a run that went
 # well had ticks of D(x) 0.990, D(G(z)) 0.009 (--beta1 0.9). With G's rate at 1e-6 they pass 0.995
-# and 0.005 in 60 steps, for good; with D's at 1e-6 D(G(z)) passes 0.99 in 40.
+# and 0.005 in 60 steps, for good; with D's at 1e-6 D(G(z)) passes 0.99 in 40. These are of the
+# default losses; of others `_shares` says what the networks learn from, by their formulas.
 SATURATED = 0.005  # both of D's below it
 FOOLED = 0.01  # G's below it
 OVER = 4  # times the limit, and it is over
@@ -59,15 +62,21 @@ class Watch:
     A warning comes once, and again only after its cause had gone.
     """
 
-    def __init__(self, real: ArrayLike, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        real: ArrayLike,
+        rows: Iterable[Mapping[str, Any]] = (),
+        objective: Objective | None = None,
+    ) -> None:
         """
         Args:
             real: real images, uint8 [N, H, W, 3], as many as a grid has.
+            objective: what the networks minimise (default: the non-saturating losses).
             rows: the lines of stats.jsonl so far, of a run that goes on: what they gave reason to
                 warn of is not told again. Where one has a "diversity" (that of a grid since the
                 line before), the best so far is known again, too.
         """
-        self._real = _checked(real)
+        self._real, self._objective = _checked(real), objective or Objective()
         self._of_real: dict[int, float] = {}  # the diversity of so many
         self._saturated = _Episode(TICKS, TICK_STEPS)
         self._fooled = _Episode(TICKS, TICK_STEPS)
@@ -80,10 +89,12 @@ class Watch:
                 self._judge(value, row["kimg"])
 
     def tick(self, row: Mapping[str, Any]) -> str | None:
-        """A line of stats.jsonl (of it step, kimg, d_real and d_fake): a warning, or None."""
+        """A line of stats.jsonl (of it step, kimg, d_real and d_fake, with hinge d_loss): a
+        warning, or None.
+        """
         real, fake, step = row["d_real"], row["d_fake"], row["step"]
         start, self._last = self._last, row
-        d_share, g_share = max(1 - real, fake), 1 - fake
+        d_share, g_share = self._shares(row)
         saturated = self._saturated.see(
             d_share < SATURATED, d_share > OVER * SATURATED, start["kimg"], start["step"], step
         )
@@ -97,6 +108,12 @@ class Watch:
                 "raise --lr-g, with --beta1 at most 0.5; a D that knows few images by heart needs "
                 f"more of them, or --flip; {OLDER}"
             )
+        if fooled and self._objective.loss == "minimax":
+            return (
+                f"D has told G's images since {self._fooled.kimg:g} kimg (now D(x) {real:.4f}, "
+                f"D(G(z)) {fake:.4f}), where --loss minimax gives G nothing to learn from: lower "
+                f"--lr-d, or take --loss non-saturating; {OLDER}"
+            )
         if fooled:
             return (
                 f"G has fooled D since {self._fooled.kimg:g} kimg (now D(x) {real:.4f}, D(G(z)) "
@@ -104,6 +121,16 @@ class Watch:
                 f"--beta1 at most 0.5; {OLDER}"
             )
         return None
+
+    def _shares(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """What D and G learn from an image at the most, 0 to 1: the derivatives of their losses by
+        their logits (by D's output, of least squares).
+        """
+        loss, s = self._objective.loss, self._objective.label_smoothing
+        real, fake = row["d_real"], row["d_fake"]
+        if loss == "hinge":  # beyond both margins D's loss is 0; G's derivative never is
+            return row["d_loss"], 1.0
+        return max(1 - s - real, fake), fake if loss == "minimax" else 1 - fake
 
     def samples(self, images: ArrayLike, kimg: float) -> tuple[float, str | None]:
         """A grid, uint8 [N, H, W, 3] on the CPU, of the same latents each time: its `diversity` as
@@ -155,7 +182,9 @@ class Watch:
         """By who was ahead at the last tick."""
         real, fake = self._last["d_real"], self._last["d_fake"]
         now = f"D(x) {real:.2f}, D(G(z)) {fake:.2f}"
-        if real - fake > D_AHEAD:
+        if self._objective.loss == "hinge":  # of which these are no probabilities
+            return "lower --lr-g and --lr-d, or raise --batch, with --beta1 at most 0.5"
+        if real - fake > D_AHEAD * (1 - self._objective.label_smoothing):
             return f"D is far ahead ({now}): lower --lr-d or raise --lr-g, with --beta1 at most 0.5"
         if real - fake < G_AHEAD:
             return (

@@ -110,8 +110,7 @@ def make_step(
         network.to(device, dtype).to(memory_format=layout)
     sight = None
     if policies or noise:
-        world, rank = (ranks.world, ranks.rank) if ranks is not None else (1, 0)
-        mine = slice(rank * case.batch // world, (rank + 1) * case.batch // world)
+        mine = (ranks or Ranks()).share_of(case.batch)
         sight = Sight(case.size, case.batch, mine, policies, noise, dtype=dtype, device=device)
     ema = None
     if with_ema:

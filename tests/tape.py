@@ -23,6 +23,9 @@ class Tape(TorchDispatchMode):
         self.done = []
         self.registered = []
 
+    def pool(self):
+        return id(self)
+
     def register_generator_state(self, generator):
         self.registered.append(generator)
 
@@ -48,7 +51,7 @@ class Tape(TorchDispatchMode):
 
 
 @contextmanager
-def capturing(graph, stream, capture_error_mode):
+def capturing(graph, pool, stream, capture_error_mode):
     with graph:
         yield
 
@@ -67,8 +70,8 @@ def in_the_place_of_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     made = Graphed.__init__
 
-    def capture(self, advance, batch, state, random):
+    def capture(self, advance, batch, state, random, pool=None):
         with undone(state, random):
-            made(self, advance, batch, state, random)
+            made(self, advance, batch, state, random, pool)
 
     monkeypatch.setattr(Graphed, "__init__", capture)

@@ -197,7 +197,7 @@ def failing(loop, error):
 @pytest.fixture
 def captures_that_do_not_end(monkeypatch):
     @contextmanager
-    def capture(graph, stream, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
         try:
             yield
         finally:

@@ -125,7 +125,7 @@ def test_nothing_of_the_network_has_changed(impl):
     for name, tensor in after.items():
         assert tensor is tensors[name] and torch.equal(tensor, before[name]), name
     norms = [m for m in network.modules() if isinstance(m, BatchNormAct2d)]
-    assert {m.impl for m in norms} == {impl} and norms[0].running_mean.data_ptr()
+    assert {m.impl for m in norms} == {impl}
     assert {m.conv_impl for m in network.modules() if hasattr(m, "conv_impl")} == {"auto"}
     network(images[1:])  # and its statistics move again
     assert not torch.equal(

@@ -156,7 +156,7 @@ def test_a_change_is_refused_told_or_nothing(tmp_path, capsys, key, change, old,
     if change is NEVER:
         said = refused(config, run)
         assert f"{flag_of(key)} cannot change within a run: {run} has {was}, got {now}; a" in said
-        assert "networks keep their shape" in said
+        assert "networks stay what they are" in said
     elif change is NAMED and not by_contents:
         said = refused(config, run, "lr_g")  # another name is none
         assert f"{flag_of(key)} is part of what a run is: {run} has {was}, got {now}" in said
@@ -392,7 +392,7 @@ def changes(capsys):
     ("flags", "said"),
     [
         (["--width=8"], "--width cannot change within a run"),
-        (["--pixel-range", "0", "1"], "has -1 1, got 0 1; a run's networks keep their shape"),
+        (["--pixel-range", "0", "1"], "has -1 1, got 0 1; a run's networks stay what they are"),
         (["--batch=16"], "--batch is part of what a run is"),
         (["--holdout=0.5", "--allow-change=keep"], "--holdout is part of what a run is"),
         (["--seed=5"], "has 999, got 5; --allow-change seed goes on with 5"),

@@ -246,18 +246,23 @@ def test_one_look_with_the_numbers_of_another_shows(options, monkeypatch):
 
 
 def gradients(options, **how):
-    """Of one step with R1, where there is one, D's and G's."""
+    """Of one step with R1, where there is one, D's and G's, unscaled."""
     step = make(options, **how)
+    if step.scale.enabled:
+        step.scale.scale.fill_(SCALE)
     step(next(batches(CASE, 1, DEVICE)), penalised=options.gamma > 0)
+    scale = SCALE if step.scale.enabled else 1.0
     return {
-        name: torch.cat([leaf.grad.double().flatten() for leaf in side.adam.leaves()])
+        name: torch.cat([leaf.grad.double().flatten() for leaf in side.adam.leaves()]) / scale
         for name, side in (("d", step.d), ("g", step.g))
     }
 
 
+SCALE = 64.0  # of fp16's loss: neither under nor over it
 LOW = {
     "kernels": ({"impl": "triton"}, 2.0**-24),
     "bf16": ({"amp_dtype": torch.bfloat16}, 2.0**-9),
+    "fp16": ({"amp_dtype": torch.float16}, 2.0**-12),
     "kernels, bf16": ({"impl": "triton", "amp_dtype": torch.bfloat16}, 2.0**-9),
 }
 
@@ -270,3 +275,35 @@ def test_kernels_and_16_bits_give_the_same_gradients(name, how, roundoff):
     limit = max(gradient_tolerance(roundoff), 3e-2)  # and a mask that flips
     for side in ("d", "g"):
         assert relative(got[side], exact[side], exact[side]) < limit, side
+
+
+def penalty_gradients(amp_dtype, gamma):
+    """Of the penalty alone, unscaled, at the same images."""
+    step = make(replace(CASES["R1"], gamma=gamma), torch.float32, amp_dtype=amp_dtype)
+    if step.scale.enabled:
+        step.scale.scale.fill_(SCALE)
+    real = as_reference(next(batches(CASE, 1, DEVICE)), step.dtype)
+    grads = step._penalty_grads(real.contiguous(memory_format=torch.channels_last))
+    return torch.cat([g.flatten() for g in grads]) / step.scale.scale
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_the_penalty_is_float32s_whatever_the_step_computes_in(amp_dtype):
+    """But for the images, which are 16 bits: at most a rounding, and the masks that flip for it."""
+    exact = penalty_gradients(None, 5.0)
+    limit = 0.03
+    assert relative(penalty_gradients(amp_dtype, 5.0), exact, exact) < limit
+    assert relative(penalty_gradients(amp_dtype, 4.75), exact, exact) > limit  # 5% off
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_the_working_copy_divides_by_the_norm_that_the_network_has(amp_dtype):
+    step = make(CASES["spectral norm"], torch.float32, amp_dtype=amp_dtype)
+    x = torch.randn(64, 3, CASE.size, CASE.size, generator=torch.Generator().manual_seed(2))
+    x = x.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact, got = step.d.network(x), step.d.working(x.to(amp_dtype))
+        limit = 0.02  # four layers' roundings of 2^-9, of weight, input, product and sum
+        assert relative(got, exact, exact) < limit
+        step.d.network.blocks[1].spectral.u.mul_(1.05)  # sigma 5% off, in the network and its copy
+        assert relative(step.d.working(x.to(amp_dtype)), exact, exact) > limit

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from fastgan.cli import main
-from fastgan.config import TrainConfig
+from fastgan.config import NetworkOptions, TrainConfig
 from fastgan.data.prepare import prepare
 from fastgan.errors import UsageError
+from fastgan.models import make_generator as make_g
 from fastgan.modes import pick_modes
 from fastgan.reference import make_discriminator, make_generator
 from fastgan.state import State
-from fastgan.warm_start import warm_start
+from fastgan.tensor_file import write_tensors
+from fastgan.warm_start import first_weights, warm_start
 from ranks import in_ranks
 from test_trainer import FLAGS, only_run, tensors
 
@@ -35,7 +37,7 @@ def begun(tmp_path, ranks=None, **options):
     config = TrainConfig(**SMALL, **options)
     data = prepare(config.data, config, root=tmp_path)
     state = State(config, data, pick_modes(config), ranks)
-    warm_start(state)
+    warm_start(state, first_weights(config) if state.ranks.first else {})
     return state
 
 
@@ -110,15 +112,29 @@ def test_weights_of_another_network_are_refused_and_both_are_named(
     paths, _ = theirs
     key = {"netG": "init_g", "netD": "init_d"}[name]
     config = TrainConfig(**SMALL | options | {key: paths[name]})
-    state = State(config, prepare(config.data, config, root=tmp_path), pick_modes(config))
     with pytest.raises(UsageError, match=said):
-        warm_start(state)
+        first_weights(config)
 
 
 def test_on_the_command_line(tmp_path, theirs, capsys):
     paths, _ = theirs
     flags = [*FLAGS, "--kimg=0.016", f"--out={tmp_path / 'runs'}"]
-    assert main(["train", *flags, f"--init-g={paths['netD']}"]) in (1, 2)
-    assert "discriminator" in capsys.readouterr().err
-    assert main(["train", *flags, f"--init-g={tmp_path / 'none.pth'}"]) == 2
-    assert "none.pth" in capsys.readouterr().err
+    assert main(["train", *flags, f"--init-g={paths['netD']}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastgan: --init-g: weights") and "discriminator" in said
+    assert main(["train", *flags, f"--init-d={tmp_path / 'none.pth'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastgan: --init-d: weights") and "none.pth cannot be read" in said
+    assert main(["train", *flags, f"--init-g={paths['netG']}", "--width=8"]) == 2
+    assert "is a generator of width 4, and the run's has width 8" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("*"))  # nothing was begun
+
+
+def test_uniform_latents_that_are_recorded_are_compared(tmp_path):
+    options = NetworkOptions(size=32, width=4, latent=8, latent_dist="uniform")
+    path = tmp_path / "g.safetensors"
+    network = make_g(options, "torch")
+    write_tensors(path, network.state_dict(), {"options": options.model_dump_json()})
+    with pytest.raises(UsageError, match="latent_dist uniform, and the run's has latent_dist norm"):
+        first_weights(TrainConfig(**SMALL, init_g=path))
+    assert first_weights(TrainConfig(**SMALL, init_g=path, latent_dist="uniform"))

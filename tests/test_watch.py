@@ -9,6 +9,7 @@ import pytest
 
 from fastgan.commands import TrainCommand
 from fastgan.config import flag_of
+from fastgan.losses import Objective
 from fastgan.watch import ALIKE_STEPS, OLDER, TICK_STEPS, TICKS, Watch, diversity
 
 # Ticks of real runs: (kimg, D(x), D(G(z))).
@@ -92,6 +93,33 @@ def test_g_that_has_won_is_told_once_with_since_when():
     (kimg, warning), *more = told(Watch(REAL), G_WON, batch=16).items()
     assert kimg == 12.0 and not more
     assert "since 1.02 kimg" in warning and "lower --lr-g or raise --lr-d" in warning
+
+
+def test_of_minimax_g_has_nothing_to_learn_from_where_d_tells_its_images():
+    tells, fooled = [[(i, 0.9, fake) for i in range(1, 60)] for fake in (0.001, 0.999)]
+    (warning,) = told(Watch(REAL, objective=Objective("minimax")), tells).values()
+    assert "gives G nothing to learn from: lower --lr-d, or take --loss non-s" in warning
+    assert not told(Watch(REAL, objective=Objective("minimax")), fooled)  # it learns the most
+    assert not told(Watch(REAL), tells) and told(Watch(REAL), fooled)
+
+
+def test_a_smoothed_d_has_won_where_it_meets_its_target():
+    ticks = [(i, 0.9, 0.001) for i in range(1, 60)]
+    (warning,) = told(Watch(REAL, objective=Objective(label_smoothing=0.1)), ticks).values()
+    assert "lower --lr-d or raise --lr-g" in warning
+    assert not told(Watch(REAL), ticks)
+
+
+def test_of_hinge_it_is_ds_loss_that_says_so():
+    """Beyond both margins the means of sigmoids are 0.73 and 0.27, or more and less."""
+
+    def said(loss):
+        watch = Watch(REAL, objective=Objective("hinge"))
+        rows = [row(i, 0.8, 0.2, d_loss=loss) for i in range(1, 60)]
+        return [warning for one in rows if (warning := watch.tick(one))]
+
+    (warning,) = said(0.001)
+    assert "lower --lr-d or raise --lr-g" in warning and not said(0.3)
 
 
 def test_a_d_that_is_sure_for_less_than_so_many_ticks_or_steps_is_not_told():

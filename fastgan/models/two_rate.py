@@ -93,7 +93,7 @@ class TwoRateDiscriminator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.size, self.width, self.pixel_range = SIZE, WIDTH, PIXEL_RANGE
+        self.size, self.width = SIZE, WIDTH
         self.layers = nn.Sequential(
             nn.Conv2d(3, 32, 7, 1, 3),
             nn.AvgPool2d(2),
