@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from . import console
 from .commands import AnimateCommand
+from .data.image_file import open_regular
 from .errors import RunError, UsageError
 from .films import MAX_SIDE, film_file, magnification, magnified, write_film
 from .run_files import read_run
@@ -75,7 +76,7 @@ def _read(path: Path) -> Image.Image | str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as file:
+            with open_regular(path) as content, Image.open(content, formats=["PNG"]) as file:
                 return file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
         return f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})"

@@ -47,6 +47,16 @@ def train(
         KeyboardInterrupt: Ctrl-C ended it, after a save.
         SystemExit: SIGTERM, SIGUSR1 or SIGHUP did; its code is 128 and the signal.
     """
+    if not isinstance(config, TrainConfig | None):
+        raise UsageError(f"train: config must be a TrainConfig, got {type(config).__name__}")
+    if resume is None and (allow_change or elastic):
+        raise UsageError(
+            "train: allow_change and elastic need resume: a new run has nothing to keep"
+        )
+    if isinstance(allow_change, str):
+        allow_change = (allow_change,)
+    if "eval_every" in options:  # as the flag may be spelled
+        options["eval_kimg"] = options.pop("eval_every")
     base = config if config is not None else _base(options, recipe, resume)
     if config is not None and recipe is not None:
         raise UsageError("train: config and recipe are two configurations: give one of them")

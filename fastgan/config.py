@@ -429,6 +429,10 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+# arguments that have no flag, as the help spells them
+POSITIONAL = {"what": "RUN", "run": "RUN", "source": "SOURCE"}
+
+
 def explain(error: ValidationError, where: str, dash: bool) -> str:
     """Pydantic's findings in one line each: the name, the rule, the value."""
     lines = []
@@ -441,9 +445,13 @@ def explain(error: ValidationError, where: str, dash: bool) -> str:
             guess = f"; did you mean {near[0]}?" if near else ""
             lines.append(f"{where}unknown key {key!r}{guess}")
         elif not key:  # a rule about several options
-            lines.append(rule if dash else f"{where}{rule}")
+            names = "|".join(key for key in TrainConfig.model_fields if "_" in key)
+            spelled = re.sub(rf"\b({names})\b", lambda m: flag_of(m[0]), rule)
+            lines.append(spelled if dash else f"{where}{rule}")
         else:
             name = key.replace("_", "-") if dash else key
+            if dash and key in POSITIONAL:
+                where, name = "", POSITIONAL[key]
             got = "" if found["type"] == "value_error" else f", got {found['input']!r}"
             lines.append(f"{where}{name} {rule}{got}")
     return "\n".join(lines)

@@ -145,8 +145,10 @@ class Bar:
             self._rich.update(self._task, completed=done, note=self.note)
         elif self._heard and time.monotonic() - self._last >= PLAIN_INTERVAL_S:
             self._last = time.monotonic()
-            left = (self.total - done) / max(self.rate, 1e-9)
-            _say(f"{self.label}: {100 * done / self.total:.0f}%  {self.note}  {clock(left)} left")
+            line = f"{self.label}: {100 * done / self.total:.0f}%  {self.note}"
+            if done > self.start:
+                line += f"  {clock((self.total - done) / max(self.rate, 1e-9))} left"
+            _say(line)
 
     def close(self) -> None:
         if self._rich is not None:

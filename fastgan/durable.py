@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,10 +17,10 @@ SPARE_BYTES = 1 << 20  # what folders, small files and the run's own log take be
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of the same suffix, to write to: renamed over it when the block ends
-    well, gone when not.
+    """A path beside `path`, of the same suffix and nobody else's, to write to: renamed over it when
+    the block ends well, gone when not.
     """
-    scratch = path.with_name(f".tmp.{path.name}")
+    scratch = path.with_name(f".tmp.{secrets.token_hex(8)}{path.suffix}")
     try:
         yield scratch
         os.replace(scratch, path)

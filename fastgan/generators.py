@@ -83,7 +83,11 @@ def load_generator(
         UsageError: there is no such thing, a run without a checkpoint, or no such device.
         RunError: it is damaged, or something else than a generator.
     """
+    if not isinstance(path, str | Path) or not str(path):
+        raise UsageError(f"load_generator: path must be a path, got {path!r}")
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("it must be cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's, built without CUDA, asserts
         raise UsageError(f"load_generator: device {device}: {first_line(error)}") from None

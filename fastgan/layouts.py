@@ -271,6 +271,8 @@ def _recorded(
     digest = metadata.get("sha256")
     if "options" in metadata and digest is not None and digest != digest_of(state):
         raise RunError(f"weights {path} are damaged: they do not have their recorded SHA-256")
+    if "options" in metadata and _parsed(metadata["options"]) is None:
+        warn(f"weights {path}: the options in its metadata cannot be read: they do not count")
     for where, values in (
         (f"weights {path}", _parsed(metadata.get("options", ""))),
         (str(path.with_name(CONFIG)), _beside(path, CONFIG)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from pathlib import Path
 
 from .errors import UsageError
@@ -46,8 +48,16 @@ def picture_file(path: Path, suffixes: tuple[str, ...], flag: str) -> Path:
     """`path` as a picture to write: its suffix one of `suffixes`, its folder there or made."""
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{flag} must end in {', '.join(suffixes)}, got {path}")
-    if path.is_dir():
-        raise UsageError(f"{flag} must be a file, got the folder {path}")
+    path = Path(os.path.realpath(path))  # of a link, what it leads to
+    try:
+        kind = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{flag}: the name is too long: {path}") from None
+        kind = stat.S_IFREG  # not there yet, or its folder will say why
+    if not stat.S_ISREG(kind):
+        what = "folder" if stat.S_ISDIR(kind) else "device or pipe"
+        raise UsageError(f"{flag} must be a file, got the {what} {path}")
     make_folder(path.parent, flag)
     return path
 
@@ -62,7 +72,13 @@ def absolute(source: str, flag: str) -> str:
     if source.startswith("faces:"):
         return source
     try:
-        return os.path.abspath(Path(source).expanduser())
+        path = os.path.abspath(Path(source).expanduser())
+        os.stat(path)
+        return path
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{flag}: the path is too long: {source[:99]}...") from None
+        return path
     except RuntimeError:
         raise UsageError(
             f"{flag} begins with a home directory that is not known: {source}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from . import console
 from .durable import beside
 from .env import cores
-from .errors import RunError
+from .errors import RunError, UsageError
 
 AHEAD, AHEAD_BYTES = 256, 1 << 28  # that wait to be written at most, while others are made
 
@@ -31,6 +32,7 @@ def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
     it is on the disk: after a power cut the last ones may be empty or gone.
 
     Raises:
+        UsageError: another process is writing there, or has.
         RunError: a file cannot be written.
     """
 
@@ -44,7 +46,7 @@ def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
     # zlib and the disk let go of the interpreter's lock
     threads, waiting, done = cores(), deque[Future[None]](), 0
     pool = ThreadPoolExecutor(threads)
-    with console.bar("writing", count) as bar:
+    with _claimed(folder, png_name(0, count)), console.bar("writing", count) as bar:
         try:
             for number, pixels in enumerate(images):
                 waiting.append(pool.submit(write, number, pixels))
@@ -59,5 +61,26 @@ def write_pngs(images: Iterable[np.ndarray], folder: Path, count: int) -> None:
                 bar.update(done)
         except OSError as error:
             raise RunError(f"{folder}: {error}; {done:,} of {count:,} images are whole") from None
+        except BaseException:
+            console.warn(f"{folder}: {done:,} of {count:,} images are whole")
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _claimed(folder: Path, first: str) -> Iterator[None]:
+    """The folder for this process alone, which has found it empty a moment ago."""
+    claim = folder / ".writing"
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        raise UsageError(f"{folder}: another process is writing into it") from None
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        if (folder / first).exists():
+            raise UsageError(f"{folder} holds images already: take a new or an empty folder")
+        yield
+    finally:
+        claim.unlink(missing_ok=True)

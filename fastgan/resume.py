@@ -37,13 +37,13 @@ class Change(Enum):
 SET = ("data", "crop", "filter", "min_size", "max_pixels", "limit", "keep", "holdout")
 CHANGES: dict[Change, tuple[str, ...]] = {
     # pixel_range: the generator's last activation is made for it
-    # latent_dist: so is its whole training
+    # latent_dist: so is its whole training. init_g, init_d: what it came from
     Change.NEVER: (
         *("arch", "size", "latent", "latent_dist", "width", "pixel_range", "spectral_norm"),
+        *("init_g", "init_d"),
     ),
     # batch: a run counts in steps. seed: it orders the images and draws the samples' latents.
-    # init_g, init_d: what it came from.
-    Change.NAMED: (*SET, "batch", "seed", "init_g", "init_d"),
+    Change.NAMED: (*SET, "batch", "seed"),
     # All of these are read anew at each start, and the checkpoint has the same tensors for any of
     # them: weights are float32 with --amp, too, and of fp16's scale only the number is lost.
     Change.TOLD: (

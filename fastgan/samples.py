@@ -15,7 +15,7 @@ from . import console
 from .commands import SampleCommand
 from .config import PixelRange
 from .durable import beside
-from .errors import UsageError
+from .errors import RunError, UsageError
 from .generators import Found, open_generator
 from .latents import latents
 from .models import AnyGenerator
@@ -90,7 +90,7 @@ def sample(command: SampleCommand) -> None:
         try:
             save_picture(grid(torch.cat(list(pieces))), target)
         except (OSError, ValueError) as error:
-            raise UsageError(f"--out {target} cannot be written: {error}") from None
+            raise RunError(f"--out {target} cannot be written: {error}") from None
     console.say(f"{command.count:,} images from {weights_of(found, command.ema)}: {target}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import FIXED, NetworkOptions, TrainConfig, flag_of
+from .console import warn
 from .errors import RunError, UsageError
 from .layouts import read_discriminator, read_generator
 from .optim import copy_into
@@ -61,9 +62,14 @@ def warm_start(state: State, first: FirstWeights) -> None:
 def _check_same(ours: NetworkOptions, theirs: NetworkOptions, key: str, path: Path) -> None:
     """`UsageError` where weights are of another network than the run's: both are named."""
     names = TOLD[key]
-    # a file without a record is of normal latents as far as anybody knows, and may be of others
-    if key == "init_g" and theirs.latent_dist != "normal":
-        names = (*names, "latent_dist")
+    if key == "init_g" and theirs.latent_dist != ours.latent_dist:
+        if theirs.latent_dist != "normal":
+            names = (*names, "latent_dist")
+        else:  # which a file without a record passes for
+            warn(
+                f"{flag_of(key)} {path} is of normal latents, or does not say of which; this run "
+                "draws uniform ones"
+            )
     held, wanted = ({name: getattr(of, name) for name in names} for of in (theirs, ours))
     if key == "init_d" and {theirs.arch, ours.arch} <= set(FIXED):
         held["arch"] = wanted["arch"]  # both of these have the same D

@@ -78,6 +78,13 @@ def test_damaged_and_other_grids_are_named_and_passed_over(tmp_path, capsys):
         assert np.abs(colour - COLOURS[place]).max() < 12
 
 
+def test_a_pipe_among_the_grids_is_passed_over(tmp_path, capsys):
+    run = four(tmp_path / "run")
+    os.mkfifo(run / "samples" / "fake-000000.001kimg.png")
+    assert main(["animate", str(run), "--out", str(tmp_path / "a.webp")]) == 0
+    assert "fake-000000.001kimg.png cannot be read" in capsys.readouterr().err
+
+
 def test_of_two_sizes_as_common_the_later_one_is_shown(tmp_path, capsys):
     run = a_run(tmp_path / "run", {"000000.000": COLOURS[0], "000001.000": COLOURS[1]})
     for number in (2, 3):

