@@ -113,7 +113,7 @@ small=() reference_kimg=3000 recipes_kimg=300 recipes= first=b128 compiled="and 
 # sixty seconds at the speed that is aimed at, and longer below it
 length=(--data "${data:-faces:20000}" --kimg 8000 --batch 128)
 if [ "$gpu" != 1 ]; then
-  small=(--size 32 --width 8 --batch 8) reference_kimg=0.5 recipes_kimg=0.3 recipes=two-rate64 first=b8 compiled= kernels=kernels
+  small=(--size 32 --width 8 --batch 8) reference_kimg=0.5 recipes_kimg=0.3 recipes=tutorial64 first=b8 compiled= kernels=kernels
   length=(--data "${data:-faces:64}" --kimg 0.5 "${small[@]}")
 fi
 section info 2 "$python" -m fastgan info
