@@ -16,11 +16,15 @@ SPARE_BYTES = 1 << 20  # what folders, small files and the run's own log take be
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of the same suffix and nobody else's, to write to: renamed over it when
-    the block ends well, gone when not.
+def beside(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A path beside `path`, of the same suffix, to write to: renamed over it when the block ends
+    well, gone when not. What a kill leaves of it the next one for `path` takes over.
+
+    Args:
+        shared: other processes may write `path` at the same time: each gets a path of its own.
     """
-    scratch = path.with_name(f".tmp.{secrets.token_hex(8)}{path.suffix}")
+    own = f"{secrets.token_hex(8)}{path.suffix}" if shared else path.name
+    scratch = path.with_name(f".tmp.{own}")
     try:
         yield scratch
         os.replace(scratch, path)

@@ -78,7 +78,7 @@ def write_film(
         UsageError: a GIF would be too large.
         RunError: the file cannot be written.
     """
-    with console.bar("filming", count, "frames") as bar, beside(path) as scratch:
+    with console.bar("filming", count, "frames") as bar, beside(path, shared=True) as scratch:
         counted = _counted(frames, bar)
         first = next(counted)
         suffix = path.suffix.lower()

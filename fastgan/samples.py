@@ -60,9 +60,9 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     return Image.fromarray(tiled.permute(1, 2, 0).numpy())
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write beside and rename, so that a viewer never meets half a picture."""
-    with beside(path) as scratch:
+def save_picture(picture: Image.Image, path: Path, shared: bool = False) -> None:
+    """Write beside and rename, so that a viewer never meets half a picture; `shared`: `beside`'s."""
+    with beside(path, shared) as scratch:
         picture.save(scratch, quality=92)  # of JPEG and WebP; PNG takes none
 
 
@@ -88,7 +88,7 @@ def sample(command: SampleCommand) -> None:
         named = command.out or among_samples(found, _name(command))
         target = picture_file(named, GRID_SUFFIXES, "--out")
         try:
-            save_picture(grid(torch.cat(list(pieces))), target)
+            save_picture(grid(torch.cat(list(pieces))), target, shared=True)
         except (OSError, ValueError) as error:
             raise RunError(f"--out {target} cannot be written: {error}") from None
     console.say(f"{command.count:,} images from {weights_of(found, command.ema)}: {target}")

@@ -85,7 +85,7 @@ class Known:
         """12 kB an image."""
         try:
             self._features.parent.mkdir(parents=True, exist_ok=True)
-            with beside(self._features) as scratch:
+            with beside(self._features, shared=True) as scratch:
                 np.savez(scratch, pool=pool, logits=logits)
         except OSError as error:
             warn(f"features cannot be kept in {self._features}: {error.strerror or error}")

@@ -206,7 +206,7 @@ def _of_model(
     if row.neighbours is not None:
         shown = picture(images[:SAMPLES], cache.images, row.neighbours)
         try:
-            save_picture(shown, plan.picture)
+            save_picture(shown, plan.picture, shared=True)
         except OSError as error:
             raise RunError(f"{plan.picture} cannot be written: {error.strerror or error}") from None
         row.results["nearest"] |= {"picture": plan.picture.name}
