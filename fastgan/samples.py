@@ -61,7 +61,9 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path, shared: bool = False) -> None:
-    """Write beside and rename, so that a viewer never meets half a picture; `shared`: `beside`'s."""
+    """Write beside and rename, so that a viewer never meets half a picture. `shared`: other
+    processes may write it, too.
+    """
     with beside(path, shared) as scratch:
         picture.save(scratch, quality=92)  # of JPEG and WebP; PNG takes none
 
