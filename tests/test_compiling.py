@@ -85,6 +85,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_kept_for_the_next_run(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     command = [sys.executable, "-c", COUNT, str(tmp_path / "compiled")]

@@ -35,7 +35,6 @@ KINDS = {
         "latent_dist": "uniform",
         "spectral": True,
     },
-    "R1, kernels, bf16": {"penalty": 1.0, "impl": "triton", "amp_dtype": torch.bfloat16},
 }
 if torch.cuda.is_available():  # torch.compile refuses to run under a tape
     KINDS |= {f"{name}, compiled": {**how, "compile": True} for name, how in KINDS.items()}
