@@ -254,7 +254,7 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
         with _told_by_first("LOCAL_RANK"):
             base = load_recipe(given.recipe)
         if "data" not in base.model_fields_set and given.data is None and _rank() == 0:
-            warn(f"{given.recipe} names no images: it is for {base.data}, drawn faces, then")
+            warn(f"{given.recipe} names no images: without --data it has drawn faces ({base.data})")
     elif given.data is None:
         base = load_recipe(DEFAULT_RECIPE)
     else:
