@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Plan:
         self.others = [
             open_source(other, "--against", command.ema, self.device) for other in command.against
         ]
+        self.others = [_told_apart(other, [self.what, *self.others]) for other in self.others]
         flags = {key: getattr(command, key) for key in ("size", "crop", "filter", "holdout")}
         changed = {key: value for key, value in flags.items() if value is not None}
         self.source, self.options, root = resolved(self.what, command.data, changed)
@@ -96,6 +98,15 @@ class Plan:
         else:
             inception.require_library("--metrics")  # before anything is decoded
         return asked, weights
+
+
+def _told_apart(other: Source, among: list[Source]) -> Source:
+    """A source of --against, with the folder that its run is in where another has its name, too:
+    runs of other folders are counted from 00000 as well.
+    """
+    if [source.name for source in among].count(other.name) < 2 or not isinstance(other, Trained):
+        return other
+    return replace(other, name=f"{other.name} ({(other.run or other.path).parent.name})")
 
 
 class Sets:

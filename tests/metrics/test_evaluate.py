@@ -256,6 +256,14 @@ def test_weights_that_are_no_generator(generator, tmp_path, capsys):
     assert f"weights {ours}: is damaged" in refused(capsys, ours, *data, code=1)
 
 
+def test_runs_of_one_name_are_told_apart(own_run, run):
+    """Two --out folders both begin with 00000."""
+    assert main(["evaluate", str(own_run), "--count=8", *NOTHING, "--against", str(run)]) == 0
+    (record,) = records.read(own_run / "metrics.jsonl")
+    _, mine, theirs, *_ = (row["set"] for row in record["rows"])
+    assert mine.startswith(run.name) and theirs == f"{mine} ({run.parent.name})"
+
+
 def test_images_of_a_folder(folder, tmp_path, capsys):
     """Pictures of the data's size are taken to the bit, others are resized with a word; the
     smallest set gives the count.
