@@ -134,3 +134,25 @@ def test_pairs_of_other_shapes_are_refused():
         ms_ssim(pictures(), pictures(7))
     with pytest.raises(ValueError, match="ms_ssim: b must be uint8"):
         ms_ssim(pictures(), pictures().astype(np.int64))
+
+
+def test_each_scale_is_torchmetrics_where_it_is_installed():
+    """At 256 px, on windows that are inside: torchmetrics' last scale takes reflected borders in,
+    too, which the published code (TensorFlow's) does not.
+    """
+    ssim = pytest.importorskip("torchmetrics.functional.image.ssim")
+    random = np.random.default_rng(4)
+    a, b = random.integers(0, 256, (2, 3, 256, 256, 3), np.uint8)
+    b = (0.7 * a + 0.3 * b).astype(np.uint8)
+    ours = [module._planes(x) for x in (a, b)]
+    theirs = [torch.from_numpy(x) for x in ours]
+    options = {"sigma": 1.5, "kernel_size": 11, "data_range": 255.0}
+    for scale in range(5):
+        if scale:
+            ours = [module._half(x) for x in ours]
+            theirs = [torch.nn.functional.avg_pool2d(x, 2) for x in theirs]
+        _, contrast = ssim._ssim_update(*theirs, return_contrast_sensitivity=True, **options)
+        _, full = ssim._ssim_update(*theirs, return_full_image=True, **options)
+        similar, structure = module._ssim(*ours)
+        np.testing.assert_allclose(structure, contrast, atol=1e-12)
+        np.testing.assert_allclose(similar, full[..., 5:-5, 5:-5].mean((1, 2, 3)), atol=1e-12)
