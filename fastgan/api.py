@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .config import DEFAULT_RECIPE, TrainConfig, explain, load_recipe
+from .config import DEFAULT_RECIPE, TrainConfig, explain, lengths_replaced, load_recipe
 from .errors import UsageError
 from .resume import load_config
 from .trainer import train as run
@@ -97,13 +97,7 @@ def _laid_over(base: TrainConfig, options: dict[str, Any]) -> TrainConfig:
             near = difflib.get_close_matches(name, TrainConfig.model_fields, n=2)
             guess = f"did you mean {' or '.join(near)}?" if near else "see fastgan train --help"
             raise UsageError(f"train: unknown option {name!r}; {guess}")
-    values = base.model_dump()
-    # a length that is given replaces the other kind
-    for name, other in (("kimg", "epochs"), ("epochs", "kimg")):
-        for part in ("", "tick_"):
-            if options.get(part + name) is not None and options.get(part + other) is None:
-                values[part + other] = None
-    values |= options
+    values = lengths_replaced(base, options).model_dump() | options
     if isinstance(values["data"], Path):
         values["data"] = str(values["data"])
     try:

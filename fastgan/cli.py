@@ -32,7 +32,14 @@ from .commands import (
     TrainCommand,
     plain_config,
 )
-from .config import DEFAULT_RECIPE, TrainConfig, flag_of, load_recipe, to_toml
+from .config import (
+    DEFAULT_RECIPE,
+    TrainConfig,
+    flag_of,
+    lengths_replaced,
+    load_recipe,
+    to_toml,
+)
 from .console import say, warn
 from .errors import RunError, UsageError, first_line, is_out_of_memory
 from .signals import Terminated, at_once, raised, said, terminable
@@ -259,14 +266,7 @@ def _train_base(args: Sequence[str]) -> TrainConfig:
         base = load_recipe(DEFAULT_RECIPE)
     else:
         base = TrainConfig()
-    # A length on the command line replaces the recipe's, of whichever kind that was.
-    for name, other in (
-        *(("kimg", "epochs"), ("epochs", "kimg")),
-        *(("tick_kimg", "tick_epochs"), ("tick_epochs", "tick_kimg")),
-    ):
-        if getattr(given, name) is not None and getattr(given, other) is None:
-            base = base.model_copy(update={other: None})
-    return base
+    return lengths_replaced(base, vars(given))
 
 
 def made(command: Any) -> Callable[[], int]:

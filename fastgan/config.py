@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -455,6 +456,18 @@ def explain(error: ValidationError, where: str, dash: bool) -> str:
             got = "" if found["type"] == "value_error" else f", got {found['input']!r}"
             lines.append(f"{where}{name} {rule}{got}")
     return "\n".join(lines)
+
+
+def lengths_replaced(base: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """`base` without the lengths that `given` gives in their other unit: a run's in kimg or epochs,
+    and what is between two ticks.
+    """
+    unset: dict[str, None] = {}
+    for part in ("", "tick_"):
+        for name, other in (("kimg", "epochs"), ("epochs", "kimg")):
+            if given.get(part + name) is not None and given.get(part + other) is None:
+                unset[part + other] = None
+    return base.model_copy(update=unset)
 
 
 def flag_of(key: str) -> str:

@@ -31,7 +31,7 @@ from .durable import flush_folder, write_flushed
 from .errors import RunError, UsageError
 from .generators import GENERATOR, Found, open_generator
 from .latents import latents
-from .layouts import CONFIG, Which, digest_of, read_discriminator, to_examples
+from .layouts import CONFIG, Which, digest_of, in_float32, read_discriminator, to_examples
 from .onnx_file import OPSET, require_onnx, write_onnx
 from .paths import check_folder, empty_folder, make_folder
 from .samples import generate, grid, weights_of
@@ -127,9 +127,7 @@ def _discriminator(found: Found) -> tuple[dict[str, Tensor], NetworkOptions] | N
     """The tensors and the options of the D that it was trained with, where these are known."""
     if found.checkpoint is not None:
         saved = under(found.checkpoint.tensors("model"), "d.")
-        return {
-            k: t.float() if t.is_floating_point() else t for k, t in saved.items()
-        }, found.options
+        return in_float32(saved), found.options
     path = found.path / DISCRIMINATOR
     if not (found.path.is_dir() and path.is_file()):
         return None

@@ -83,6 +83,11 @@ def to_examples(state: Mapping[str, Tensor], which: Which) -> OrderedDict[str, T
     )
 
 
+def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and statistics in float32, counts as they are."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of all tensors by name, in the order of the names and row-major."""
     digest = hashlib.sha256()
@@ -93,8 +98,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path, which: Which, prefix: str) -> tuple[dict[str, Tensor], NetworkOptions]:
-    saved = _part(read_weights(path), prefix, path)
-    saved = {name: t.float() if t.is_floating_point() else t for name, t in saved.items()}
+    saved = in_float32(_part(read_weights(path), prefix, path))
     state = _by_our_names(saved, which)
     try:
         options = _options_of(state, which)
