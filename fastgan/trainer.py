@@ -131,7 +131,8 @@ def _train(
     start = ranks.share(str(found) if found is not None else None)
     with ExitStack() as stack:
         with ranks.together():
-            data = stack.enter_context(closing(open_data(config, ranks.local_world)))
+            data = open_data(config, ranks.local_world, modes.device.index)
+            stack.enter_context(closing(data))
             check_images(config, data)
         if modes.compile:
             compiling.keep_in((config.cache or default_root()) / "compiled")

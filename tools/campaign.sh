@@ -89,6 +89,10 @@ section() { # name, its share of the seconds in hundredths, command ...
   wait "$running"
   code=$?
   if [ "$name" = run ] && ended_well; then code=0; fi
+  if [ "$gpu" != 1 ] && [ $code = 5 ]; then # pytest's, where no test is left
+    say "skipped $name: nothing in it is for this machine"
+    return 0
+  fi
   case $code in
     0)
       if [[ $name =~ ^(tests|native|graph|slow|compiled)$ ]] && ! grep -q '[0-9] passed' "$out/$name.log"; then

@@ -85,7 +85,11 @@ class DaliDecoder:
         return self._enlarged + self._pillow.enlarged
 
     def decode(self, blobs: Sequence[bytes]) -> list[np.ndarray | str]:
-        """As `PillowDecoder.decode`. One bad file changes nothing in the others."""
+        """As `PillowDecoder.decode`. One bad file changes nothing in the others.
+
+        Raises:
+            Unavailable: DALI does not work any more.
+        """
         results: list[np.ndarray | str] = ["" for _ in blobs]
         by_dali, by_kornia, others = _Groups(), _Groups(), []
         for at, blob in enumerate(blobs):
@@ -101,7 +105,10 @@ class DaliDecoder:
         for group in by_kornia.groups:
             others += self._frame_pngs(group, blobs, results)
         for group in by_dali.groups:
-            others += self._decode_group(group, blobs, results)
+            refused = self._decode_group(group, blobs, results)
+            if len(refused) == len(group) > 1:
+                self._probe()  # is it the files, or has DALI stopped working?
+            others += refused
         for at in others:
             results[at] = self._pillow.decode_one(blobs[at])
             self.by_pillow += not isinstance(results[at], str)
@@ -113,15 +120,16 @@ class DaliDecoder:
         Image.new("RGB", (96, 64), (200, 60, 30)).save(file, "JPEG")
         plain = Framing(self.framing.size, filter=self.framing.filter)
         expected = PillowDecoder(plain).decode_one(file.getvalue())
+        framing, enlarged = self.framing, self._enlarged
         try:
-            framing, self.framing = self.framing, plain
+            self.framing = plain
             (got,) = self._batch([file.getvalue()])
         except Exception as error:  # whatever a driver, a library or a version may raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             what = lines[-1] if lines else type(error).__name__
             raise Unavailable(f"no {self.name}: it fails on a known JPEG ({what})") from error
         finally:
-            self.framing, self._enlarged = framing, 0
+            self.framing, self._enlarged = framing, enlarged
         if np.abs(np.asarray(got, int) - np.asarray(expected, int)).max() > 3:
             raise Unavailable(f"no {self.name}: it decodes a known JPEG to wrong colours")
 

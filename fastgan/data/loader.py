@@ -16,12 +16,12 @@ RESIDENT_SHARE = 2 / 3  # of the memory that is free: networks and activations n
 Data = Cache | OnTheFly
 
 
-def open_data(config: TrainConfig, among: int = 1) -> Data:
+def open_data(config: TrainConfig, among: int = 1, gpu: int | None = None) -> Data:
     """The images to train on, decoded already or to be decoded on the fly; in one of so many
-    processes of this machine (`among`).
+    processes of this machine (`among`), on the card of this number.
     """
     if config.loader == "dali":
-        return OnTheFly(config.data, config, among=among)
+        return OnTheFly(config.data, config, among=among, gpu=gpu)
     return prepare(config.data, config, root=config.cache)
 
 

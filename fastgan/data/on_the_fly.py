@@ -27,15 +27,20 @@ from .wanted import Wanted, want
 
 
 class OnTheFly:
-    """The images of a folder or a zip, framed, to train on; the machine's cores are for so many
-    processes that do (`among`).
+    """The images of a folder or a zip, framed, to train on. The machine's cores are for so many
+    processes that do (`among`); `gpu` is the number of the card that this one may decode on.
 
     Raises:
         UsageError: `source` is something else, or none of its images is left to train on.
     """
 
     def __init__(
-        self, source: str, options: DataOptions, flag: str = "--data", among: int = 1
+        self,
+        source: str,
+        options: DataOptions,
+        flag: str = "--data",
+        among: int = 1,
+        gpu: int | None = None,
     ) -> None:
         if source.startswith("faces:") or is_cache(Path(absolute(source, flag))):
             raise UsageError(
@@ -50,7 +55,7 @@ class OnTheFly:
         self._list: Path | None = None
         self._listed: set[str] = set()
         self._before = ""  # the next line of the list
-        self._pool = open_pool(options, self._files, again=True, among=among)
+        self._pool = open_pool(options, self._files, again=True, among=among, gpu=gpu)
 
     def __str__(self) -> str:
         return f"{self.count:,} images of {self._wanted.source}, framed to {self.size} px"

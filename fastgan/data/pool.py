@@ -46,6 +46,7 @@ class DecodePool:
     Args:
         decoders: names of decoders (`decode.py`); the first that works here is taken.
         processes: at most so many, where fewer do.
+        gpu: the card to decode on, of those that this process sees; None for the first.
 
     Attributes:
         name: the decoder that was chosen.
@@ -62,8 +63,9 @@ class DecodePool:
         framing: Framing,
         decoders: Sequence[str] = AUTO,
         processes: int = MAX_WORKERS,
+        gpu: int | None = None,
     ) -> None:
-        self.framing = framing
+        self.framing, self._gpu = framing, gpu
         self.by_pillow = self.enlarged = 0
         self._interrupted = False
         self._workers: list[DecodeProcess | None] = []
@@ -76,11 +78,11 @@ class DecodePool:
                 raise RunError(f"--decoder dali-gpu: {NO_GPU.partition(': ')[2]}")
         count = max(1, min(cores(), MAX_WORKERS, processes))
         on_gpu = names[0] == "dali-gpu"
-        self._threads = max(1, cores() // GPU_WORKERS) if on_gpu else 1
+        self._threads = max(1, count // GPU_WORKERS) if on_gpu else 1
         try:
             for _ in range(GPU_WORKERS if on_gpu else count):
                 # all at once: each takes the better part of a second to import DALI
-                self._workers.append(DecodeProcess(framing, names, self._threads))
+                self._workers.append(self._started(names))
             self.name, found = self._worker(0).chosen()
         except Died as death:
             self.close()
@@ -173,7 +175,7 @@ class DecodePool:
             self._check_interrupted()
             fresh = name not in self._spares
             if fresh:
-                self._spares[name] = DecodeProcess(self.framing, [name], self._threads)
+                self._spares[name] = self._started([name])
                 self._check_interrupted()
             self._spares[name].send([file], process.FILE_LIMIT_S)
             try:
@@ -211,9 +213,12 @@ class DecodePool:
         self._check_interrupted()
         worker = self._workers[place]
         if worker is None:
-            worker = self._workers[place] = DecodeProcess(self.framing, [self.name], self._threads)
+            worker = self._workers[place] = self._started([self.name])
             self._check_interrupted()  # `interrupt` may have passed before it was there
         return worker
+
+    def _started(self, names: Sequence[str]) -> DecodeProcess:
+        return DecodeProcess(self.framing, names, self._threads, self._gpu)
 
     def _end(self, place: int) -> None:
         worker, self._workers[place] = self._workers[place], None
@@ -222,15 +227,20 @@ class DecodePool:
 
 
 def open_pool(
-    options: DataOptions, files: Sequence[ImageFile], *, again: bool = False, among: int = 1
+    options: DataOptions,
+    files: Sequence[ImageFile],
+    *,
+    again: bool = False,
+    among: int = 1,
+    gpu: int | None = None,
 ) -> DecodePool:
     """The processes that decode these files by these options, again and again or once; says which
-    decoder they have. The machine's cores are for so many pools (`among`).
+    decoder they have. The machine's cores are for so many pools (`among`); `gpu` is `DecodePool`'s.
     """
     framing = Framing(**options.model_dump(include=set(Framing.__dataclass_fields__)))
     processes = min(sum(1 for _ in batches(files)), max(1, cores() // among))
     names = _fastest(files, again) if options.decoder == "auto" else (options.decoder,)
-    pool = DecodePool(framing, names, processes)
+    pool = DecodePool(framing, names, processes, gpu)
     tell = say if pool.why in ("", NO_GPU) else warn
     tell(f"decoding with {pool.name}{f' ({pool.why})' if pool.why else ''}")
     return pool

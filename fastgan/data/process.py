@@ -52,10 +52,26 @@ class Died(Exception):
         self.reason, self.by_file = reason, by_file  # whether a file may be what ended it
 
 
-class DecodeProcess:
-    """A process of `worker.py`, and the pipes to it."""
+def _visible(decoders: Sequence[str], gpu: int | None) -> dict[str, str]:
+    """What a process is to see of the GPUs: none where it decodes on the CPU, since DALI would take
+    half a gigabyte of the first one all the same.
+    """
+    name = "CUDA_VISIBLE_DEVICES"
+    if "dali-gpu" not in decoders:
+        return {name: ""}
+    if gpu is None:
+        return {}
+    return {name: os.environ[name].split(",")[gpu] if os.environ.get(name) else str(gpu)}
 
-    def __init__(self, framing: Framing, decoders: Sequence[str], threads: int) -> None:
+
+class DecodeProcess:
+    """A process of `worker.py`, and the pipes to it; `gpu`: the number of the card that it may use,
+    of those that this process sees (None: any).
+    """
+
+    def __init__(
+        self, framing: Framing, decoders: Sequence[str], threads: int, gpu: int | None = None
+    ) -> None:
         self._size = framing.size
         self._chosen: tuple[str, list[str]] | None = None
         root = str(Path(__file__).resolve().parents[2])  # fastgan may have been found in any way
@@ -71,7 +87,7 @@ class DecodeProcess:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=(there,),
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONPATH": path, **_visible(decoders, gpu)},
                 )
         except OSError as error:
             raise RunError(f"a process that decodes cannot be started: {error}") from None

@@ -101,6 +101,8 @@ class StreamFeed(Feed):
 
     def _fill(self, batches: Iterator[np.ndarray | torch.Tensor]) -> None:
         try:
+            if self._upload is not None:
+                self._upload.enter()
             for pixels in batches:
                 slot = self._free.get()
                 if slot is None:
@@ -126,6 +128,12 @@ class _Upload:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # it zeroes the buffers
         self._sent = [torch.cuda.Event() for _ in buffers]
         self._read = [torch.cuda.Event() for _ in buffers]
+
+    def enter(self) -> None:
+        """In the thread that sends: else it would go back to the first GPU after each batch, and
+        take half a gigabyte there in every process.
+        """
+        torch.cuda.set_device(self._device)
 
     def send(self, slot: int, pixels: torch.Tensor) -> None:
         self._sent[slot].synchronize()  # the copy before may still read the pinned memory

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..commands import EvaluateCommand
 from ..console import bar, clock, say
@@ -98,6 +99,10 @@ def evaluate_by(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        if isinstance(error, torch.OutOfMemoryError):  # what is computed at a time never grows
+            raise RunError(
+                "the GPU has no room left to evaluate; fastgan evaluate --device cpu needs none"
+            ) from None
         raise RunError(
             f"--count {command.count:,} takes more memory than there is: give fewer"
         ) from None

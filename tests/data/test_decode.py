@@ -369,6 +369,25 @@ def test_what_dali_refuses_pillow_decodes():
     assert dali.by_pillow == 1
 
 
+@needs_dali
+def test_dali_that_stops_working_is_not_taken_for_bad_files(monkeypatch):
+    """A lost CUDA context refuses all that comes; Pillow on one core would go on in silence."""
+    dali = decoder("dali-cpu", 16)
+    files = [encode(picture(40, 40, i), "JPEG") for i in range(4)]
+    assert all(isinstance(square, np.ndarray) for square in dali.decode(files))
+    bad = [file[:200] for file in files]
+    assert all(isinstance(reason, str) for reason in dali.decode(bad))  # it still works
+    enlarged = dali.enlarged
+
+    def lost(self, blobs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(DaliDecoder, "_batch", lost)
+    with pytest.raises(dali_decoder.Unavailable, match="fails on a known JPEG .*illegal memory"):
+        dali.decode(files)
+    assert dali.enlarged == enlarged and dali.framing.size == 16
+
+
 def test_a_jpeg_with_a_damaged_exif_block_is_sound():
     blob = encode(picture(24, 24), "JPEG", exif=b"Exif\0\0garbage")
     plain = encode(picture(24, 24), "JPEG")

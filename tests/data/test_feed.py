@@ -150,6 +150,32 @@ def test_closing_does_not_wait_for_what_hangs():
     assert time.monotonic() - began < 10
 
 
+def test_the_thread_enters_its_gpu_before_it_sends():
+    """A new thread is on the first GPU, whichever the run has."""
+    done, ready = [], threading.Event()
+
+    class Upload:
+        def enter(self):
+            done.append(("enter", threading.current_thread().name))
+
+        def send(self, slot, pixels):
+            done.append(("send", threading.current_thread().name))
+            ready.set()
+
+        def wait(self, slot): ...
+        def read(self, slot): ...
+        def finish(self): ...
+
+    images = np.zeros((9, 2, 2, 3), np.uint8)
+    streamed = StreamFeed(from_map(images), 2, Sampler(9, 4, 0), torch.device("cpu"))
+    streamed._upload = Upload()
+    streamed.next()
+    assert ready.wait(10)
+    streamed.close()
+    assert done[:2] == [("enter", "fastgan feed"), ("send", "fastgan feed")]
+    assert [what for what, _ in done].count("enter") == 1
+
+
 def test_what_fails_in_the_thread_is_raised_at_the_step():
     def fetch(numbers):
         yield np.zeros((4, 2, 2, 3), np.uint8)

@@ -374,7 +374,7 @@ def test_auto_takes_what_is_fastest_for_the_set(suffix, count, tried, monkeypatc
     class Pool:
         name, why = tried[0], ""
 
-        def __init__(self, framing, decoders, processes):
+        def __init__(self, framing, decoders, processes, gpu):
             chosen.append(decoders)
 
     monkeypatch.setattr(pool_module, "DecodePool", Pool)
@@ -385,3 +385,54 @@ def test_auto_takes_what_is_fastest_for_the_set(suffix, count, tried, monkeypatc
     open_pool(DataOptions(decoder="dali-cpu"), files)
     open_pool(DataOptions(), files, again=True)
     assert chosen == [tried, ("dali-cpu",), AUTO if suffix == "jpg" else AUTO[-1:]]
+
+
+@pytest.mark.parametrize(
+    ("decoders", "gpu", "visible", "seen"),
+    [
+        (["pillow"], 3, None, ""),
+        (["dali-cpu"], None, "0,1", ""),
+        (["dali-gpu", "pillow"], None, None, None),
+        (["dali-gpu", "pillow"], None, "1", "1"),
+        (["dali-gpu", "pillow"], 3, None, "3"),
+        (["dali-gpu"], 3, "4,5,6,7", "7"),
+        (["dali-gpu"], 0, "MIG-a,MIG-b", "MIG-a"),
+    ],
+)
+def test_a_process_sees_its_own_card_or_none(decoders, gpu, visible, seen, monkeypatch):
+    """DALI decodes on the first card that it sees, and takes memory there even on the CPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    environments, start = [], subprocess.Popen
+
+    def noted(*args, env, **options):
+        environments.append(env)
+        return start(*args, env=env | {"CUDA_VISIBLE_DEVICES": ""}, **options)
+
+    monkeypatch.setattr(process.subprocess, "Popen", noted)
+    process.DecodeProcess(Framing(16), decoders, 1, gpu).end()
+    assert environments[0].get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.parametrize("among", [1, 8, 64])
+def test_decoders_on_a_gpu_share_the_cores_and_know_their_card(among, monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, framing, decoders, threads, gpu):
+            started.append((threads, gpu))
+
+        def chosen(self):
+            return "dali-gpu", []
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(pool_module, "DecodeProcess", Process)
+    monkeypatch.setattr(pool_module, "cores", lambda: 64)
+    monkeypatch.setattr(pool_module, "driver_cuda", lambda: "13.0")
+    files = [ImageFile(f"{i}.jpg", "", 2 << 20, 0) for i in range(2000)]
+    open_pool(DataOptions(), files, again=True, among=among, gpu=5).close()
+    assert {gpu for _, gpu in started} == {5}
+    assert sum(threads for threads, _ in started) == max(2, 64 // among)

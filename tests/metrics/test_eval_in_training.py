@@ -160,6 +160,10 @@ def no_memory(*args, **kwargs):
     raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
 
+def no_room(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+
 def wrong(*args, **kwargs):
     raise ZeroDivisionError("division by zero")
 
@@ -169,6 +173,7 @@ def wrong(*args, **kwargs):
     [
         ("metrics.evaluate.append", full, "metrics.jsonl cannot be written: No space left"),
         ("metrics.rows.diversity", no_memory, "--count 70 takes more memory than there is"),
+        ("metrics.rows.diversity", no_room, "fastgan evaluate --device cpu needs none"),
         ("metrics.rows.diversity", wrong, "was not evaluated (division by zero)"),
         ("checkpoint.write_flushed", full, "it was not evaluated, and training goes on"),
     ],
