@@ -56,6 +56,11 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--records {folder} cannot be written: {error.strerror}") from None
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.timeout(0))  # the tests' limit is not for measuring
+
+
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -92,12 +97,19 @@ def scale(pytestconfig):
 
 
 @pytest.fixture
-def compile_anew():
+def compile_anew(monkeypatch):
     """torch.compile without what earlier tests compiled, and room for networks of many kinds in the
     same functions.
+
+    Nor with AOTAutograd's cache, here and in processes that are started: torch 2.11 finds the code
+    of bfloat16 in it for autocast to float16 (pytorch #181564).
     """
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=100):
+    monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+    with (
+        torch._dynamo.config.patch(recompile_limit=100),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
 
 

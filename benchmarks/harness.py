@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ ROUNDS, WARM_UP = 40, 3
 GRAPH_MS = 1.0  # a graph repeats its sets for about this long: events resolve half a microsecond
 QUEUED_CYCLES = 200_000  # a tenth of a millisecond, in which the host launches the graph
 Call = Callable[[], Any]
+Built = TypeVar("Built")
 # What must be the same for the rows of two runs to stand in one record.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "commit", "clean")
 
@@ -105,7 +106,11 @@ def _repeated(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int, list[An
 
 
 def _captured(calls: Sequence[Call], repeats: int) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """A graph of the calls, and what keeps the outputs of each in memory of its own."""
+    """A graph of the calls, and what keeps the outputs of each in memory of its own.
+
+    Captured on the stream of its warm-up, where cuBLAS has its workspace by then: one that is made
+    in a graph's pool would be used by later graphs when that one is gone (pytorch #193402).
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -115,7 +120,7 @@ def _captured(calls: Sequence[Call], repeats: int) -> tuple[torch.cuda.CUDAGraph
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for _ in range(repeats):
             kept = [call() for call in calls]  # outputs of their own, a walk over the sets apart
     return graph, kept
@@ -188,16 +193,20 @@ def reserved(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def memory_mb(call: Call, before: int, device: torch.device) -> float | None:
-    """Megabytes that are taken from the GPU when a call has run, beyond those that were `before`
-    what it belongs to was built, a graph's own pool among them; None on a CPU.
+def peak_mb(build: Callable[[], Built], device: torch.device) -> tuple[Built, float | None]:
+    """What `build` makes, and the megabytes that PyTorch took from the GPU while it did, at the
+    most and beyond those it had; None on a CPU.
+
+    Of a step that is its warm-up, cuDNN's search and the capture, which decide whether a batch
+    fits. CUDA's context and the code of kernels are not PyTorch's, and not in it.
     """
+    before = reserved(device)
     if device.type != "cuda":
-        return None
-    reserved(device)
-    call()
+        return build(), None
+    torch.cuda.reset_peak_memory_stats(device)
+    built = build()
     torch.cuda.synchronize(device)
-    return (torch.cuda.memory_reserved(device) - before) / 1e6
+    return built, (torch.cuda.max_memory_reserved(device) - before) / 1e6
 
 
 def launches(call: Call, device: torch.device) -> int | None:

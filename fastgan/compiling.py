@@ -45,18 +45,36 @@ def keep_in(folder: Path) -> None:
     theirs = os.path.abspath(default_cache_dir())  # which PyTorch writes into the environment
     named = os.environ.get(FOLDER, theirs)
     if named == theirs:
-        why = _why_not(os.path.abspath(folder))
+        why = _why_no_code(os.path.abspath(folder))
         os.environ[FOLDER] = theirs if why else os.path.abspath(folder)
         if why:
             console.warn(f"compiled code is kept in {theirs}: {why}")
-    if why := _why_not(os.environ[FOLDER]):
+    if why := _why_no_code(os.environ[FOLDER]):
         raise UsageError(f"{FOLDER} must name a folder for --compile: {why}")
 
 
-def _why_not(folder: str) -> str:
+def keep_kernels() -> None:
+    """Have Triton keep its kernels beside PyTorch's compiled code where its own place, the home
+    folder, cannot be written, as in a container. TRITON_CACHE_DIR and TRITON_HOME go first.
+    """
+    if not {"TRITON_CACHE_DIR", "TRITON_HOME"} & os.environ.keys():
+        own = os.path.expanduser("~/.triton")
+        if why := _why_not(own):
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+            os.environ["TRITON_CACHE_DIR"] = instead = os.path.join(cache_dir(), "triton")
+            console.warn(f"Triton's kernels are kept in {instead}: {why}")
+
+
+def _why_no_code(folder: str) -> str:
     """What keeps PyTorch from compiling in a folder, or ""."""
     if re.search(r"\s", folder):  # it hands the path to the compiler in pieces
         return f"PyTorch cannot compile in a path with a space, {folder}"
+    return _why_not(folder)
+
+
+def _why_not(folder: str) -> str:
+    """What keeps files from being written in a folder, or ""."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

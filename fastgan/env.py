@@ -60,7 +60,9 @@ def cores() -> int:
 
 
 def c_compiler() -> str | None:
-    return _first_on_path(os.environ.get("CC"), "gcc", "cc", "clang")
+    """The one that Triton takes: what CC names, as it stands, else gcc or clang."""
+    named = os.environ.get("CC")
+    return shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
 
 
 def cxx_compiler() -> str | None:
@@ -69,19 +71,17 @@ def cxx_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or usual)
 
 
-def _first_on_path(*names: str | None) -> str | None:
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
 def python_headers() -> bool:
     return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def missing_for_triton() -> str:
     """What Triton's first launch would fail for, or ""; it builds its launcher in C."""
+    named = os.environ.get("CC")
+    compiler = f"a C compiler (CC names {named})" if named else "a C compiler (gcc)"
     return missing(
         ("triton", version_of("triton")),
-        ("a C compiler (gcc)", c_compiler()),
+        (compiler, c_compiler()),
         (HEADERS, python_headers()),
     )
 

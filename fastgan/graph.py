@@ -55,8 +55,9 @@ class Graphed:
         advance: on a batch, operations on the device of fixed shapes alone, and no reading back.
         batch: any batch of the set; its images are those of every later one.
         state, random: `warm_up`'s.
-        pool: another graph's, whose memory it shares: the two are never replayed at once, and
-            neither leaves anything there for the other.
+        beside: another graph, whose memory it shares (and whose stream, by which PyTorch keeps
+            memory): the two are never replayed at once, and neither leaves anything there for the
+            other.
 
     Raises:
         RunError: it could not be captured.
@@ -68,11 +69,13 @@ class Graphed:
         batch: Batch,
         state: Sequence[Tensor],
         random: torch.Generator,
-        pool: Any = None,
+        beside: Graphed | None = None,
     ) -> None:
         self._batch = Batch(batch.images, batch.index.clone())
         self._advance = advance  # whose tensors the graph reads and writes: they live as long
-        side, current = torch.cuda.Stream(batch.index.device), torch.cuda.current_stream()
+        current = torch.cuda.current_stream()
+        self._stream = side = beside._stream if beside else torch.cuda.Stream(batch.index.device)
+        pool = beside._graph.pool() if beside else None
         side.wait_stream(current)
         with torch.cuda.stream(side):
             warm_up(advance, self._batch, state, random)
@@ -97,11 +100,6 @@ class Graphed:
                 f"the step could not be captured as a CUDA graph ({first_line(cause)}); --no-graph "
                 "trains without one"
             ) from cause
-
-    @property
-    def pool(self) -> Any:
-        """Of the graph's memory."""
-        return self._graph.pool()
 
     def __call__(self, batch: Batch) -> Any:
         """What `advance` returned, in tensors that the next call writes anew."""

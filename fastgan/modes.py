@@ -13,6 +13,7 @@ import torch
 from fastgan_kernels import INTERPRETED
 
 from . import __version__, console
+from .compiling import keep_kernels
 from .config import AmpDtype, TrainConfig, recipe_names
 from .env import (
     HEADERS,
@@ -72,6 +73,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if why := why_no_gpu():
         raise UsageError(f"--device cuda needs a GPU that torch can use: {why}")
+    keep_kernels()
     return torch.device("cuda", torch.cuda.current_device())
 
 

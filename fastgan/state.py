@@ -172,14 +172,13 @@ class State:
         batch = Batch(self.feed.images, index)
         with compiling.explained():
             state = (batch, self.tensors(), self.random)
-            r1, pool = self.config.r1 > 0, None
+            r1, plain = self.config.r1 > 0, None
             if not self.modes.graph:
                 warm_up(self._penalised if r1 else self._advance, *state)
             if self.modes.graph and not (r1 and self.config.r1_every == 1):
                 self.advance = plain = Graphed(self._advance, *state)
-                pool = plain.pool
             if self.modes.graph and r1:
-                self.penalised = Graphed(self._penalised, *state, pool=pool)
+                self.penalised = Graphed(self._penalised, *state, beside=plain)
         console.say(f"ready      after a warm-up of {time.perf_counter() - began:.1f} s")
 
     def undo_frozen(self) -> int:

@@ -70,8 +70,8 @@ def in_the_place_of_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     made = Graphed.__init__
 
-    def capture(self, advance, batch, state, random, pool=None):
+    def capture(self, advance, batch, state, random, beside=None):
         with undone(state, random):
-            made(self, advance, batch, state, random, pool)
+            made(self, advance, batch, state, random, beside)
 
     monkeypatch.setattr(Graphed, "__init__", capture)

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +192,81 @@ def test_times_of_steps_are_those_of_the_contenders():
         {"slow": lambda: time.sleep(0.006), "fast": lambda: time.sleep(0.002)}, CPU, 0.02, 3
     )
     assert 6 <= times["slow"].ms < 12 and 2 <= times["fast"].ms < 6
+
+
+def test_a_graph_is_captured_on_the_stream_of_its_warm_up(monkeypatch):
+    """Where cuBLAS has its workspace already: one that is made while capturing is the graph's, and
+    used on by others when that is gone.
+    """
+    warm, captured = [], []
+    entered = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(chosen):
+        warm.append(chosen)
+        yield
+
+    @contextmanager
+    def graph(made, pool=None, stream=None):
+        captured.append(stream)
+        yield
+
+    for name, value in {
+        "CUDAGraph": object,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: entered,
+        "synchronize": lambda: None,
+        "stream": stream,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for _ in range(2):
+        harness._captured([lambda: None], 3)
+    assert len(captured) == 2 and all(a is b for a, b in zip(warm, captured, strict=True))
+    assert captured[0] is not captured[1]
+
+
+def test_memory_is_the_peak_of_what_is_built(monkeypatch):
+    """Beyond what was there, and before anything else is done with it."""
+    now, peak, said = 700, 900, []
+
+    def build():
+        nonlocal now, peak
+        said.append("built")
+        now, peak = 1500, 2_000_700
+        return "step"
+
+    def start_anew(device):
+        nonlocal peak
+        peak = now
+
+    for name, value in {
+        "empty_cache": lambda: said.append("emptied"),
+        "memory_reserved": lambda device: now,
+        "max_memory_reserved": lambda device: peak,
+        "reset_peak_memory_stats": start_anew,
+        "synchronize": lambda device: said.append("done"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert harness.peak_mb(build, torch.device("cuda")) == ("step", 2.0)
+    assert said == ["emptied", "built", "done"]
+    assert harness.peak_mb(build, CPU) == ("step", None)
+
+
+def test_measuring_has_no_time_limit(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "benchmarks/conftest.py").read_text())
+    (tmp_path / "test_long.py").write_text(
+        "import time\n\n"
+        "def test_long(benchmark):\n"
+        "    benchmark.pedantic(time.sleep, (0.6,), rounds=1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", tmp_path, "--benchmark-only", "--timeout", "0.3",
+         "-p", "no:cacheprovider", "--records", tmp_path],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_contender_whose_step_fails_while_it_is_timed_is_dropped():
@@ -383,6 +460,16 @@ def test_tables_and_plots_say_what_the_records_say(tmp_path):
     assert (card / "step.png").is_file() and (card / "growth.png").is_file()
     every = (card / "README.md").read_text()
     assert "gradients are off by 1" in every and "## growth" in every and "| 0.5 |" in every
+    rival = {"test": "64", "case": tables.MAIN_CASE, "variant": "PyTorch, fp16", "ms": None}
+    lacking = [*step_record()["rows"], {**rival, "reason": "it ran out of memory"}]
+    lacking_record = {**step_record(), "rows": lacking, "note": "Made on a Sunday."}
+    harness.write_record(card / "step.json", lacking_record)
+    assert report(tmp_path) == 0
+    assert "graph (the strongest measured) |" in readme.read_text()
+    assert "\nWithout a figure: PyTorch, fp16; it ran out of memory.\n" in readme.read_text()
+    assert "Made on a Sunday." in (card / "README.md").read_text()
+    harness.write_record(card / "step.json", step_record())
+    assert report(tmp_path) == 0
     readme.write_text(text.replace("128,000", "148,000"))
     assert report(tmp_path, "--check") == 1
     assert report(tmp_path) == 0

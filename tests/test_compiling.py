@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from equality import Case, batches, make_step
-from fastgan.compiling import compiled, explained, keep_in, no_recompiles
+from fastgan.compiling import compiled, explained, keep_in, keep_kernels, no_recompiles
 from fastgan.errors import RunError, UsageError
 from fastgan.step import Step
 
@@ -112,6 +112,22 @@ def test_where_compiled_code_is_kept(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(kept, str(tmp_path / folder))
         with pytest.raises(UsageError, match=f"TORCHINDUCTOR_CACHE_DIR must name .*{why}"):
             keep_in(tmp_path / "ab")
+
+
+def test_kernels_are_kept_where_the_home_folder_cannot_be_written(tmp_path, monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keep_kernels()
+    assert "TRITON_CACHE_DIR" not in os.environ and not capsys.readouterr().err
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    keep_kernels()
+    assert triton.knobs.cache.dir == str(tmp_path / "code" / "triton")
+    assert "/proc/nowhere/.triton cannot be written" in capsys.readouterr().err
+    keep_kernels()  # it is set, by whomever
+    assert not capsys.readouterr().err
 
 
 def test_a_compilers_failure_says_its_reason_and_what_to_do():

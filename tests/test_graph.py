@@ -47,6 +47,8 @@ def graphs(monkeypatch):
     else:  # the same algorithms in each run
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with torch._dynamo.config.patch(recompile_limit=64):  # all kinds in one process
+        yield
 
 
 class Loop:

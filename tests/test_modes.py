@@ -102,6 +102,7 @@ def test_amp_on_a_gpu_follows_the_card_and_the_flag(monkeypatch, capability, nam
 
 
 def test_what_triton_lacks_is_named(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(env, "c_compiler", lambda: None)
     monkeypatch.setattr(env, "python_headers", lambda: False)
     monkeypatch.setattr(env, "version_of", lambda name: None)
@@ -109,6 +110,23 @@ def test_what_triton_lacks_is_named(monkeypatch):
         "triton and a C compiler (gcc) and Python's headers (python3-dev)"
     )
     assert not modes.pick_compile(torch.device("cuda"))[0]
+
+
+def test_the_compiler_is_the_one_that_triton_would_take(monkeypatch, tmp_path):
+    """It takes CC as one name, and never `cc`."""
+    for name in ("cc", "mycc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "a C compiler (gcc)" in env.missing_for_triton()
+    monkeypatch.setenv("CC", "ccache mycc")
+    assert "a C compiler (CC names ccache mycc)" in env.missing_for_triton()
+    monkeypatch.setenv("CC", "mycc")
+    assert "C compiler" not in env.missing_for_triton()
+    monkeypatch.delenv("CC")
+    (tmp_path / "clang").symlink_to(tmp_path / "mycc")
+    assert env.c_compiler() == str(tmp_path / "clang")
 
 
 def test_the_compiler_is_the_one_that_torch_would_take(monkeypatch):

@@ -272,8 +272,10 @@ LOW = {
 def test_kernels_and_16_bits_give_the_same_gradients(name, how, roundoff):
     exact = gradients(CASES[name], dtype=torch.float32)
     got = gradients(CASES[name], dtype=torch.float32, **how)
-    limit = max(gradient_tolerance(roundoff), 3e-2)  # and a mask that flips
-    for side in ("d", "g"):
+    # G's gradient lies behind D's Adam: as in test_step
+    behind = {2.0**-9: 1.5, 2.0**-12: 2.0}.get(roundoff, 1.0)
+    for side, factor in (("d", 1.0), ("g", behind)):
+        limit = max(factor * gradient_tolerance(roundoff), 3e-2)  # and a mask that flips
         assert relative(got[side], exact[side], exact[side]) < limit, side
 
 

@@ -10,7 +10,9 @@
 #                       "tiles" (other tiles for the convolutions), "more" (steps of other sizes
 #                       and batches), "compiled" (tests that compile), "native" (the kernels' tests
 #                       on the GPU), "reference" (the eager reference, 3,000 kimg: four minutes on an
-#                       H200), "recipes" (each for 300 kimg), "slow", "autotuned" and "sweep"
+#                       H200), "recipes" (each for 300 kimg), "use" (every command on the run, and
+#                       a run that is evaluated as it goes), "options" (tests of what a step can be
+#                       asked, of states and health), "slow", "autotuned" and "sweep"
 #
 # In one call it takes at most nine minutes. It runs from the tree, installed or not, on a machine
 # without a GPU in small, goes on after a section that fails, and exits 1 then. OUT gets a log a
@@ -20,7 +22,7 @@
 # benchmarks/results by hand.
 set -ufo pipefail
 sections="info step run train profile convs graph tests growth kernels"
-named="data tiles more compiled native reference recipes slow autotuned sweep"
+named="data tiles more compiled native reference recipes use options slow autotuned sweep"
 die() {
   echo "campaign: $*" >&2
   exit 2
@@ -95,7 +97,7 @@ section() { # name, its share of the seconds in hundredths, command ...
   fi
   case $code in
     0)
-      if [[ $name =~ ^(tests|native|graph|slow|compiled)$ ]] && ! grep -q '[0-9] passed' "$out/$name.log"; then
+      if [[ $name =~ ^(tests|native|graph|slow|compiled|options)$ ]] && ! grep -q '[0-9] passed' "$out/$name.log"; then
         say "skipped $name: nothing in it is for this machine"
       else
         say "ok      $name, $((SECONDS - began)) s"
@@ -111,7 +113,7 @@ ended_well() { # SIGTERM ends the run with a checkpoint and a grid
     grep -q .
 }
 
-rm -rf "$out/runs" "$out/recipes" "$out/summary.txt"
+rm -rf "$out/runs" "$out/recipes" "$out/used" "$out/summary.txt"
 spent_shares=0
 small=() reference_kimg=3000 recipes_kimg=300 recipes= first=b128 compiled="and compile" kernels="kernels and (bf16 or adam)"
 # sixty seconds at the speed that is aimed at, and longer below it
@@ -139,6 +141,9 @@ section reference 0 "$python" benchmarks/train_reference.py "${data:-faces:2000}
   --kimg "$reference_kimg" "${small[@]}"
 section recipes 0 env PYTHON="$python" tools/train_recipes.sh "$out/recipes" "${data:-faces:2000}" \
   "$recipes_kimg" $recipes
+section use 0 env PYTHON="$python" tools/use_run.sh "$out/used" "${length[@]:0:2}" "${small[@]}"
+section options 0 "${pytest[@]}" -m "not slow" tests/test_state.py tests/test_step_options.py \
+  tests/test_health.py tests/test_stats.py tests/test_penalty.py
 section slow 0 "${pytest[@]}" -m slow tests
 section autotuned 0 "${bench[@]}" autotuned
 section sweep 0 "$python" tools/sweep_launches.py --out "$out/sweep.json"

@@ -105,6 +105,11 @@ def steps(results: Path) -> str:
         gpu = record["environment"]["gpu"]
         rows = [r for r in record["rows"] if r["case"] == MAIN_CASE and r["ms"] is not None]
         others = [r for r in rows if not r["variant"].startswith(OURS)]
+        without = [
+            r
+            for r in record["rows"]
+            if r["case"] == MAIN_CASE and r["ms"] is None and not r["variant"].startswith(OURS)
+        ]
         strongest = max(others, key=lambda r: r["img_per_s"], default=None)
         shown = [
             r
@@ -126,12 +131,14 @@ def steps(results: Path) -> str:
                 ]
         for row in sorted(shown, key=lambda r: -r["img_per_s"]):
             name = "fastgan, the step alone" if row["variant"] == OURS else row["variant"]
-            name += " (the strongest)" if row is strongest else ""
+            if row is strongest:
+                name += " (the strongest measured)" if without else " (the strongest)"
             against = (f"{row[k]:.2f}" if row[k] else "" for k in ("x_reference", "x_strongest"))
             lines.append(
                 f"| {name} | {rate(row)} | {length(row)} | {' | '.join(against)} | "
                 f"{percent(row['share_of_roofline'])} |"
             )
+        lines += [f"\nWithout a figure: {row['variant']}; {row['reason']}." for row in without]
         for _, runs in records(results, "training"):
             if same(runs, record):
                 lines += ["", *trained(runs["rows"])]
@@ -255,7 +262,7 @@ def card(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         record = read(path)
         rows = record["rows"]
-        parts.append(f"## {path.stem}\n\n{origin(record)}\n")
+        parts.append(f"## {path.stem}\n\n{origin(record)} {record.get('note', '')}".rstrip() + "\n")
         if path.stem in PLOTS:
             parts.append(f"![{path.stem}]({path.stem}.png)\n")
         columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in HIDDEN]

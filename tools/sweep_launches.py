@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 import harness  # noqa: E402
 import torch  # noqa: E402
 
+from fastgan_kernels import _launch  # noqa: E402
 from fastgan_kernels import bn_act_kernels as ops  # noqa: E402
 
 LAYERS = [(512, 4), (256, 8), (128, 16), (64, 32)]
@@ -97,7 +98,9 @@ def main() -> int:
         todo = calls(launch, batch, channels, size, sets)
         best: list[tuple[float, str]] = []
         for setting, programs in settings_of(launch):
-            # captured under these settings, so a variant at a time
+            # captured under these settings, so a variant at a time, with counters anew: a graph
+            # keeps its own for good
+            _launch._COUNTERS.clear()
             set_settings(setting, programs)
             ms = harness.interleaved({"this": todo}, device)["this"].ms
             mark = " (in use)" if (setting, programs) == kept[launch] else ""

@@ -132,11 +132,13 @@ def _fault(x: Tensor, weight: Tensor, height: int, width: int) -> str:
         return f"x must be bfloat16 or float16 on a GPU, got {x.dtype}"
     if x.device != weight.device:
         return f"x and weight must be on one device, got {x.device} and {weight.device}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
-        return "the card must be of sm_90 or newer (they use its tensor memory accelerator)"
     if x.shape[0] * height * width * max(4 * cl, cs) >= LARGEST:
         return f"maps must be of fewer than 2^31 elements, got {tuple(x.shape)}"
-    return kernels.unfit(cl, cs, height, width)
+    if fault := kernels.unfit(cl, cs, height, width):
+        return fault
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return "the card must be of sm_90 or newer (they use its tensor memory accelerator)"
+    return ""
 
 
 def _tile(pixels: int, channels: int, k: int, device: torch.device) -> Block:
