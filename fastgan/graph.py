@@ -74,13 +74,14 @@ class Graphed:
         self._batch = Batch(batch.images, batch.index.clone())
         self._advance = advance  # whose tensors the graph reads and writes: they live as long
         current = torch.cuda.current_stream()
-        self._stream = side = beside._stream if beside else torch.cuda.Stream(batch.index.device)
+        side = beside._stream if beside else torch.cuda.Stream(batch.index.device)
         pool = beside._graph.pool() if beside else None
+        self._stream: torch.cuda.Stream = side
         side.wait_stream(current)
         with torch.cuda.stream(side):
             warm_up(advance, self._batch, state, random)
         current.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(random)
         gc.collect()  # nothing is freed in the middle, and what the warm-up left makes room
         failed: list[BaseException] = []
