@@ -132,7 +132,8 @@ def _moved(x: Tensor, rows: Tensor, columns: Tensor, fill: float) -> Tensor:
     outside = ((i < 0) | (i >= height))[:, :, None] | ((j < 0) | (j >= width))[:, None, :]
     each = torch.arange(count, device=x.device)[:, None, None]
     i, j = i.clamp(0, height - 1)[:, :, None], j.clamp(0, width - 1)[:, None, :]
-    y = x.permute(0, 2, 3, 1)[each, i, j]  # [B, H, W, 3]
-    y = torch.where(outside[..., None], fill, y).permute(0, 3, 1, 2)
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    y = x.permute(0, 2, 3, 1)[each, i, j].permute(0, 3, 1, 2)  # channels-last
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        y = y.contiguous()
+    # last, since torch 2.11's Dynamo loses the gradient of a function that ends in views
+    return torch.where(outside[:, None], fill, y)

@@ -270,7 +270,8 @@ class TrainConfig(NetworkOptions, DataOptions, Source):
     """Augment all images that D sees, differentiably: any of color, translation, cutout."""
     r1: float = Field(0.0, ge=0, le=1e6)
     """Weight gamma of the penalty on D's gradient at real images as D sees them (0: none), in
-    float32 and by PyTorch's own operators. With fp16 the loss scale falls for it; bf16 has none.
+    float32 (convolutions in TF32, PyTorch's default on a GPU) and by PyTorch's own operators. With
+    fp16 the loss scale falls for it; bf16 has none.
     """
     r1_every: int = Field(16, ge=1, le=1000)
     """Steps from one penalty to the next, which counts for all of them."""

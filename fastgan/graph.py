@@ -13,6 +13,8 @@ from torch import Tensor
 from .data.feed import Batch
 from .errors import RunError, first_line, is_out_of_memory
 
+# Whether a graph has to be told what it draws from; later versions see it in the capture.
+REGISTERS = torch.__version__ < "2.14"
 WARM_UP = 3  # steps: code is compiled, cuDNN's algorithms are searched, libraries get their memory
 
 
@@ -82,7 +84,8 @@ class Graphed:
             warm_up(advance, self._batch, state, random)
         current.wait_stream(side)
         self._graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(random)
+        if REGISTERS:
+            self._graph.register_generator_state(random)
         gc.collect()  # nothing is freed in the middle, and what the warm-up left makes room
         failed: list[BaseException] = []
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from equality import Case, batches, make_step
+from fastgan import graph
 from fastgan.data.feed import Batch
 from fastgan.errors import RunError
 from fastgan.graph import WARM_UP, Graphed, warm_up
@@ -102,6 +103,17 @@ def test_a_graphed_step_is_the_plain_step_bit_for_bit(how):
         assert [float(x) for x in got] == [float(x) for x in expected]
         assert same(plain, graphed), f"step {count}"
     assert plain.stats.take() == graphed.stats.take()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has one version of PyTorch")
+@pytest.mark.parametrize("registers", [True, False])
+def test_a_graph_is_told_what_it_draws_from_by_versions_that_ask(registers, monkeypatch):
+    monkeypatch.setattr(graph, "REGISTERS", registers)
+    plain, graphed = Loop(), Loop()
+    advance = graphed.graphed()
+    plain.advance(first_batch()), advance(first_batch())
+    assert same(plain, graphed)
+    assert advance._graph.registered == ([graphed.step.random] if registers else [])
 
 
 @pytest.mark.parametrize("how", [KINDS["fp32"], KINDS["kernels, fp16"]], ids=["fp32", "fp16"])
