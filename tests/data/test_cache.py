@@ -444,7 +444,7 @@ def test_a_cache_of_a_newer_fastgan_is_left_alone(folder, tmp_path):
     assert tree(path) == before
 
 
-@pytest.mark.parametrize("content", ["[" * 200_000, "a link to /dev/zero", "a pipe", "long"])
+@pytest.mark.parametrize("content", ["brackets", "a link to /dev/zero", "a pipe", "long"])
 def test_a_source_with_a_strange_meta_json(content, folder, tmp_path):
     place = folder / "meta.json"
     if content == "a pipe":
@@ -455,7 +455,7 @@ def test_a_source_with_a_strange_meta_json(content, folder, tmp_path):
         with open(place, "wb") as file:
             file.truncate(60 << 30)
     else:
-        place.write_text(content)
+        place.write_text("[" * 200_000)
     assert prepare(str(folder), by(8), out=tmp_path / "cache").count == 5
 
 
