@@ -249,7 +249,7 @@ class EvaluateCommand(Flags):
     ] = None
     """The share of them that training never saw (default: as the run's or the cache's, else 0)."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of latents, noise, and all that is drawn by the metrics."""
+    """Seed of latents, noise, and all that is drawn by the metrics (by Inception's it is 2020)."""
     ema: bool = True
     """Of a run, evaluate the averaged generator; --no-ema takes the weights as trained."""
     device: Device = "auto"

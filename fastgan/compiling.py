@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,10 @@ def explained() -> Iterator[None]:
     # what torch says of a CUDA toolkit without a GPU, whenever it compiles for a CPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch 2.11's advice to let matrix products be TF32, which the start has settled
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+            yield
     except exc.FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         reason = f"the limit of {limit} compilations of one function is reached"

@@ -52,9 +52,11 @@ class LossScale:
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
         self._skips: list[Tensor] = []  # of this step
 
-    def __call__(self, loss: Tensor) -> Tensor:
-        """The loss to go backward from."""
-        return loss * self.scale if self.enabled else loss
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The scaled loss's by the loss, 0-d: what `torch.autograd.grad` is given to begin with, so
+        that neither the product nor its gradient is a launch.
+        """
+        return self.scale.to(loss.dtype)
 
     def note(self, skipped: Tensor) -> None:
         """That an optimizer has skipped its step (1) or not (0), 0-d float32."""

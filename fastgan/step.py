@@ -227,7 +227,10 @@ class Step:
             penalty = self.penalty * r1(network, seen)
             # where D is made of ReLUs alone, a bias has no part in its gradient
             grads = torch.autograd.grad(
-                self.scale(penalty), list(network.parameters()), materialize_grads=True
+                penalty,
+                list(network.parameters()),
+                self.scale.gradient(penalty),
+                materialize_grads=True,
             )
         return grads
 
@@ -249,7 +252,7 @@ class Step:
         """
         leaves = side.adam.leaves()
         # not backward(), which may copy a gradient to accumulate it, and on a stream of its own
-        grads = torch.autograd.grad(self.scale(loss), leaves)
+        grads = torch.autograd.grad(loss, leaves, self.scale.gradient(loss))
         if added:
             grads = tuple(a + b.to(a.dtype) for a, b in zip(grads, added, strict=True))
         numbers = (loss.detach(), *numbers)

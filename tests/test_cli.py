@@ -5,6 +5,8 @@ mended.
 import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import torch
 from PIL import Image
 
 from fastgan import modes
-from fastgan.cli import main
+from fastgan.cli import main, parse
 
 TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
 TINY += ["--device", "cpu"]
@@ -459,3 +461,30 @@ def test_the_package_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip()
     assert Path(__file__).resolve().parents[1].joinpath("LICENSE").is_file()
+
+
+ROOT = Path(__file__).resolve().parents[1]
+VERB = re.compile(
+    r"(?:^|[`/ ])fastgan ((?:train|prepare|sample|interpolate|animate|evaluate|export|report|faces"
+    r"|info)\b[^`\n#]*)",
+    re.M,
+)
+DOCUMENTS = ["README.md", "docs/metrics.md", "docs/recipes.md", "kernels/README.md"]
+DOCUMENTS += [f"fastgan/recipes/{path.name}" for path in (ROOT / "fastgan/recipes").iterdir()]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_of_the_documents_can_be_given(name, monkeypatch):
+    """Their flags are there. NAME, DIR and the like are the reader's own."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / name).read_text().replace("\\\n", " ").replace("--recipe NAME", "")
+    given = [re.split(r"\s{3,}| && ", found)[0].strip(" .,;:") for found in VERB.findall(text)]
+    assert given or name.endswith(".toml") or name == "kernels/README.md"
+    for command in given:
+        flags = [flag for flag in shlex.split(command) if flag != "--help"]
+        if len(flags) == 1 and flags != ["train"]:  # the command's name, in a sentence
+            continue
+        try:
+            parse(flags)
+        except SystemExit as error:
+            pytest.fail(f"fastgan {command}: exit {error.code}")

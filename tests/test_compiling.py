@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -112,6 +113,15 @@ def test_where_compiled_code_is_kept(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(kept, str(tmp_path / folder))
         with pytest.raises(UsageError, match=f"TORCHINDUCTOR_CACHE_DIR must name .*{why}"):
             keep_in(tmp_path / "ab")
+
+
+def test_advice_that_the_start_has_settled_is_not_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with explained():
+            warnings.warn("TensorFloat32 tensor cores for float32 matrix ...", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["another"]
 
 
 def test_kernels_are_kept_where_the_home_folder_cannot_be_written(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The import ladder: a module imports only modules on rungs below its own (DESIGN: the house)."""
+"""The import ladder: a module imports only modules on rungs below its own."""
 
 import ast
 import sys

@@ -306,6 +306,16 @@ def faults(source, weights=False, export=False):
         yield match[0]
 
 
+def test_each_dependency_has_its_reason():
+    """In pyproject.toml, beside it or in the lines above it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    lines = text.partition("\ndependencies = [\n")[2].partition("\n]\n")[0].splitlines()
+    wanted = [at for at, line in enumerate(lines) if line.strip().startswith('"')]
+    assert len(wanted) < 16
+    for at in wanted:
+        assert "#" in lines[at] or lines[at - 1].strip().startswith("#"), lines[at]
+
+
 def test_no_module_reads_pickles_or_fetches_anything():
     paths = [*(ROOT / "fastgan").rglob("*.py"), *(ROOT / "kernels/fastgan_kernels").rglob("*.py")]
     assert len(paths) > 50 and {WEIGHTS, EXPORT} <= set(paths)

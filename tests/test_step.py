@@ -1,4 +1,4 @@
-"""The fast step equals the reference (DESIGN: three kinds of evidence), and planted mistakes do
+"""The fast step equals the reference, by three kinds of evidence, and planted mistakes do
 not.
 """
 

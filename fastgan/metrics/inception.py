@@ -56,7 +56,7 @@ DOWNLOAD = (
     f"{URL} (96 MB, SHA-256 {SHA256}) into {hub_folder()}"
 )
 MISSING = f"{DOWNLOAD}, or name the file by --inception FILE"
-NO_KID = f"kid is left out: it is of subsets of {SUBSET:,} images, and one set has fewer"
+NO_KID = f"kid is left out: it is of subsets of {SUBSET:,} images, and the sets are smaller"
 
 
 def find(named: Path | None) -> Path | None:

@@ -126,6 +126,8 @@ class Sets:
         self.sets = [self._opened(source) for source in (plan.what, *plan.others)]
         self.count, why = self._counted()
         say(f"sets       {self.count:,} images each: {why}{self._c2st_reals()}")
+        if plan.weights and self.count < inception.SUBSET:
+            say(f"inception  {inception.NO_KID}")
 
     @property
     def held_out(self) -> bool:

@@ -406,7 +406,8 @@ def test_inception_beside_the_others(monkeypatch, folder, capsys, tmp_path):
     flags += ["--inception", str(tmp_path / "weights.pth")]
     assert main(["evaluate", str(folder), *flags]) == 0
     assert asked == [80] * 5  # the real ones and four rows
-    assert " FID " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert " FID " in said and "kid is left out: it is of subsets of 1,000 images" in said
     assert main(["evaluate", str(folder), *flags]) == 0
     first, again = records.read(tmp_path / "metrics.jsonl")
     assert asked[5:] == [80] and first["rows"] == again["rows"]  # all else is kept
