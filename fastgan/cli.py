@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,6 +56,14 @@ VERBS: dict[str, type] = {
     "report": ReportCommand,
     "faces": FacesCommand,
     "info": InfoCommand,
+}
+# Those that need their command alone: a module's function each.
+ALONE: dict[type, tuple[str, str]] = {
+    SampleCommand: (".samples", "sample"),
+    InterpolateCommand: (".interpolate", "interpolate"),
+    AnimateCommand: (".animate", "animate"),
+    EvaluateCommand: (".metrics.evaluate", "run"),
+    ExportCommand: (".export", "export"),
 }
 ABOUT = "Train DCGAN-family face generators at the speed of the card."
 
@@ -290,26 +299,15 @@ def made(command: Any) -> Callable[[], int]:
         from .data import cache, prepare  # noqa: F401
 
         return lambda: _prepare(command)
-    if isinstance(command, SampleCommand):
-        from . import samples  # noqa: F401
+    if type(command) in ALONE:
+        module, name = ALONE[type(command)]
+        work = getattr(import_module(module, __package__), name)
 
-        return lambda: _sample(command)
-    if isinstance(command, InterpolateCommand):
-        from . import interpolate  # noqa: F401
+        def done() -> int:
+            work(command)
+            return 0
 
-        return lambda: _interpolate(command)
-    if isinstance(command, AnimateCommand):
-        from . import animate  # noqa: F401
-
-        return lambda: _animate(command)
-    if isinstance(command, EvaluateCommand):
-        from .metrics import evaluate  # noqa: F401
-
-        return lambda: _evaluate(command)
-    if isinstance(command, ExportCommand):
-        from . import export  # noqa: F401
-
-        return lambda: _export(command)
+        return done
     if isinstance(command, ReportCommand):
         from . import report  # noqa: F401
 
@@ -347,41 +345,6 @@ def _prepare(command: PrepareCommand) -> int:
         verify=command.verify,
         flag="SOURCE",
     )
-    return 0
-
-
-def _sample(command: SampleCommand) -> int:
-    from .samples import sample
-
-    sample(command)
-    return 0
-
-
-def _interpolate(command: InterpolateCommand) -> int:
-    from .interpolate import interpolate
-
-    interpolate(command)
-    return 0
-
-
-def _animate(command: AnimateCommand) -> int:
-    from .animate import animate
-
-    animate(command)
-    return 0
-
-
-def _evaluate(command: EvaluateCommand) -> int:
-    from .metrics.evaluate import run
-
-    run(command)
-    return 0
-
-
-def _export(command: ExportCommand) -> int:
-    from .export import export
-
-    export(command)
     return 0
 
 
