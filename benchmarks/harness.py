@@ -210,14 +210,16 @@ def peak_mb(build: Callable[[], Built], device: torch.device) -> tuple[Built, fl
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels, copies and fills that one call has the GPU do; None on a CPU."""
+    """Kernels, copies and fills that one call has the GPU do; None on a CPU, and where the profiler
+    sees none.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    return len(on_the_gpu(profile))
+    return len(on_the_gpu(profile)) or None
 
 
 def on_the_gpu(profile: torch.profiler.profile) -> list[Any]:

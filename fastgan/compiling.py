@@ -4,6 +4,8 @@ recompilation in the loop are errors that say where.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
 import re
@@ -11,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,25 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The threshold keeps the masked gradient of a LeakyReLU from being written out in float32 on its
     way to a batch norm: 10 bytes an element instead of 22.
     """
+    _end_workers_at_exit()
     options: dict[str, Any] = {"realize_reads_threshold": 20}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Have PyTorch's compiling processes ended first of all at the end of this one, which waits
+    five minutes for those that it has just begun (torch 2.11 on Python 3.12).
+    """
+    from torch._inductor import async_compile  # what it registers itself is done after this
+
+    def end() -> None:
+        with suppress(Exception):  # its names are not public
+            for pool in list(async_compile._pool_set):
+                if process := getattr(pool, "process", None):  # not of a pool in this process
+                    process.terminate()
+
+    atexit.register(end)
 
 
 def keep_in(folder: Path) -> None:

@@ -115,6 +115,20 @@ def test_where_compiled_code_is_kept(tmp_path, monkeypatch, capsys):
             keep_in(tmp_path / "ab")
 
 
+BEGUN = """
+from fastgan.compiling import compiled
+from torch._inductor.async_compile import AsyncCompile
+compiled(lambda x: x)
+AsyncCompile.use_process_pool()  # as the first compilation does
+"""
+
+
+def test_the_end_does_not_wait_for_processes_that_have_just_begun():
+    env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", BEGUN], env=env, timeout=60, capture_output=True)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_advice_that_the_start_has_settled_is_not_shown():
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
