@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,14 +55,6 @@ VERBS: dict[str, type] = {
     "report": ReportCommand,
     "faces": FacesCommand,
     "info": InfoCommand,
-}
-# Those that need their command alone: a module's function each.
-ALONE: dict[type, tuple[str, str]] = {
-    SampleCommand: (".samples", "sample"),
-    InterpolateCommand: (".interpolate", "interpolate"),
-    AnimateCommand: (".animate", "animate"),
-    EvaluateCommand: (".metrics.evaluate", "run"),
-    ExportCommand: (".export", "export"),
 }
 ABOUT = "Train DCGAN-family face generators at the speed of the card."
 
@@ -299,15 +290,26 @@ def made(command: Any) -> Callable[[], int]:
         from .data import cache, prepare  # noqa: F401
 
         return lambda: _prepare(command)
-    if type(command) in ALONE:
-        module, name = ALONE[type(command)]
-        work = getattr(import_module(module, __package__), name)
+    if isinstance(command, SampleCommand):
+        from .samples import sample
 
-        def done() -> int:
-            work(command)
-            return 0
+        return lambda: _done(sample, command)
+    if isinstance(command, InterpolateCommand):
+        from .interpolate import interpolate
 
-        return done
+        return lambda: _done(interpolate, command)
+    if isinstance(command, AnimateCommand):
+        from .animate import animate
+
+        return lambda: _done(animate, command)
+    if isinstance(command, EvaluateCommand):
+        from .metrics.evaluate import run
+
+        return lambda: _done(run, command)
+    if isinstance(command, ExportCommand):
+        from .export import export
+
+        return lambda: _done(export, command)
     if isinstance(command, ReportCommand):
         from . import report  # noqa: F401
 
@@ -320,6 +322,12 @@ def made(command: Any) -> Callable[[], int]:
     from .data import pool  # noqa: F401
 
     return _info
+
+
+def _done(work: Callable[[Any], object], command: Any) -> int:
+    """Do it; what goes wrong is raised."""
+    work(command)
+    return 0
 
 
 def _prepare(command: PrepareCommand) -> int:
