@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
 def pytest_configure():
     # who is cut off by a time limit still says what failed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a shell's background job and nohup ignore these, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
