@@ -141,7 +141,8 @@ section reference 0 "$python" benchmarks/train_reference.py "${data:-faces:2000}
   --kimg "$reference_kimg" "${small[@]}"
 section recipes 0 env PYTHON="$python" tools/train_recipes.sh "$out/recipes" "${data:-faces:2000}" \
   "$recipes_kimg" $recipes
-section use 0 env PYTHON="$python" tools/use_run.sh "$out/used" "${length[@]:0:2}" "${small[@]}"
+section use 0 env PYTHON="$python" tools/use_run.sh "$out/used" \
+  --data "${data:-faces:2000}" "${small[@]}"
 section options 0 "${pytest[@]}" -m "not slow" tests/test_state.py tests/test_step_options.py \
   tests/test_health.py tests/test_stats.py tests/test_penalty.py
 section slow 0 "${pytest[@]}" -m slow tests
