@@ -48,8 +48,7 @@ def test_growth(along, device, copy_gbps, matmul_tflops, record_rows, benchmark,
             ours, memory_mb = harness.peak_mb(partial(Ours, case, data, **FAST), device)
             row["error"], step = check(ours, case, data.real), ours.advance
             ms = harness.interleaved_steps({"": step}, device, rounds=5)[""].ms
-            row |= {"ms": ms, "img_per_s": 1000 * batch / ms}
-            row["memory_mb"] = memory_mb
+            row |= {"ms": ms, "img_per_s": 1000 * batch / ms, "memory_mb": memory_mb}
             if matmul_tflops and copy_gbps:
                 floor = roofline.floor_ms(batch, matmul_tflops, copy_gbps, size)
                 row["share_of_roofline"] = floor / ms

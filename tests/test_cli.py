@@ -22,6 +22,7 @@ from PIL import Image
 from fastgan import modes
 from fastgan.cli import main, parse
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--size", "32", "--width", "4", "--latent", "8", "--batch", "8", "--grid", "4"]
 TINY += ["--device", "cpu"]
 
@@ -460,10 +461,9 @@ def test_the_package_is_light():
     code = "import sys, fastgan; assert 'torch' not in sys.modules; print(fastgan.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip()
-    assert Path(__file__).resolve().parents[1].joinpath("LICENSE").is_file()
+    assert (ROOT / "LICENSE").is_file()
 
 
-ROOT = Path(__file__).resolve().parents[1]
 VERB = re.compile(
     r"(?:^|[`/ ])fastgan ((?:train|prepare|sample|interpolate|animate|evaluate|export|report|faces"
     r"|info)\b[^`\n#]*)",

@@ -34,7 +34,7 @@ from fastgan.state import State  # noqa: E402
 def spans(events: list[Any]) -> tuple[float, float]:
     """(microseconds from the first start to the last end, those in which something ran)."""
     if not events:
-        raise SystemExit("profile_step: the profiler saw no kernel (may this process use CUPTI?)")
+        raise RunError("the profiler saw no kernel (may this process use CUPTI?)")
     ranges = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy, reached = 0.0, ranges[0][0]
     for start, end in ranges:

@@ -104,14 +104,12 @@ def steps(results: Path) -> str:
     parts = []
     for path, record in records(results, "step"):
         gpu = record["environment"]["gpu"]
-        rows = [r for r in record["rows"] if r["case"] == MAIN_CASE and r["ms"] is not None]
-        others = [r for r in rows if not r["variant"].startswith(OURS)]
-        without = [
-            r
-            for r in record["rows"]
-            if r["case"] == MAIN_CASE and r["ms"] is None and not r["variant"].startswith(OURS)
-        ]
-        strongest = max(others, key=lambda r: r["img_per_s"], default=None)
+        of_case = [r for r in record["rows"] if r["case"] == MAIN_CASE]
+        rows = [r for r in of_case if r["ms"] is not None]
+        rivals = [r for r in of_case if not r["variant"].startswith(OURS)]
+        without = [r for r in rivals if r["ms"] is None]
+        measured = [r for r in rivals if r["ms"] is not None]
+        strongest = max(measured, key=lambda r: r["img_per_s"], default=None)
         shown = [
             r
             for r in rows
